@@ -1,0 +1,298 @@
+"""The configuration of a run: every key, its default and its constraint. Imports no torch.
+
+A run is described by one YAML file (see `launch/configs/`). Wrong values end in one `ConfigError` whose
+message names the key, what was given and what is valid; reading files is in `lhcp.config_file`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Sharding = Literal["zigzag", "contiguous"]
+ExchangeName = Literal["ring"]
+BlockBackendName = Literal["auto", "math", "cpu", "cudnn", "flash"]
+StageMode = Literal["lighthouse", "dense"]
+
+
+class ConfigError(ValueError):
+    """A value the user can correct; the message says which and how."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LighthouseConfig(Section):
+    """Lighthouse attention (arXiv:2605.06554). These values are part of what the model computes."""
+
+    num_levels: Annotated[int, Field(ge=2, le=12)] = 3
+    """Pyramid levels L; level 0 are the tokens."""
+    pooling_factor: Annotated[int, Field(ge=2)] = 4
+    """p: an entry of level l covers p^l tokens."""
+    topk: Annotated[int, Field(ge=2)] = 1536
+    """Selection budget per level and KV head, over the whole sequence."""
+    num_strata: PositiveInt | None = None
+    """Equal runs of tokens that select on their own. None: derived by `resolve`, once, when a run is created."""
+    max_cp: PositiveInt = 8
+    """The largest context-parallel degree that a derived `num_strata` must allow."""
+    scorer: Literal["norm"] = "norm"
+    """`norm`: L2 norm of the rows of Q and K."""
+    cover_prefix: bool = True
+    """Always select the first entry of each level, so that every position receives at least one row."""
+    check_finite: bool = False
+    """Raise FloatingPointError when a score is not finite (costs a device synchronisation per layer)."""
+
+    @property
+    def coarsest_window(self) -> int:
+        """Tokens under one entry of the coarsest level, p^(L-1)."""
+        return int(self.pooling_factor ** (self.num_levels - 1))
+
+    def resolve(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
+        """Check every constraint for sequences of `seq_len` tokens and fix `num_strata`.
+
+        Args:
+            seq_len: N, tokens of one sequence over all context-parallel ranks.
+            num_chunks: runs of tokens that the sequence is split into (1, W, or 2W under zigzag).
+
+        Raises:
+            ConfigError: naming the constraint that fails and valid values.
+        """
+        if seq_len % self.coarsest_window:
+            raise ConfigError(
+                f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {self.coarsest_window}; "
+                f"nearest legal: {_nearest_multiples(seq_len, self.coarsest_window)}"
+            )
+        legal = legal_num_strata(self, seq_len)
+        if not legal:
+            raise ConfigError(
+                f"no num_strata is legal for seq_len {seq_len}, topk {self.topk}, num_levels {self.num_levels}, "
+                f"pooling_factor {self.pooling_factor}: the {seq_len // self.coarsest_window} coarsest entries "
+                f"must be at least topk, and some divisor of topk must divide them"
+            )
+        strata = self.num_strata
+        if strata is None:
+            step = 2 * self.max_cp
+            strata = next((s for s in legal if s % step == 0 and s * 128 >= self.topk), None)
+            if strata is None:
+                raise ConfigError(
+                    f"no multiple of 2 x max_cp = {step} is a legal num_strata for seq_len {seq_len} and topk "
+                    f"{self.topk}; set num_strata to one of {legal}, or change topk or max_cp"
+                )
+        elif strata not in legal:
+            raise ConfigError(f"num_strata {strata} is not legal ({self._broken_by(strata, seq_len)}); valid: {legal}")
+        if strata % num_chunks:
+            fitting = [s for s in legal if s % num_chunks == 0]
+            raise ConfigError(
+                f"num_strata {strata} does not divide evenly over the {num_chunks} chunks of the context-parallel "
+                f"layout (a chunk is a whole number of strata); valid: {fitting or 'none at this topk and seq_len'}"
+            )
+        return self.model_copy(update={"num_strata": strata})
+
+    @property
+    def strata(self) -> int:
+        """`num_strata` of a resolved configuration."""
+        assert self.num_strata is not None, "call resolve(seq_len) first"
+        return self.num_strata
+
+    def subsequence_length(self, seq_len: int) -> int:
+        """S, the gathered entries of one sequence: N / p^(L-1) + (L-1) p topk."""
+        return seq_len // self.coarsest_window + (self.num_levels - 1) * self.pooling_factor * self.topk
+
+    def _broken_by(self, strata: int, seq_len: int) -> str:
+        """The first constraint that `strata` breaks, in words."""
+        coarsest = seq_len // self.coarsest_window
+        if self.topk % strata:
+            return f"it does not divide topk {self.topk}"
+        if seq_len % strata:
+            return f"it does not divide seq_len {seq_len}"
+        if coarsest % strata:
+            return f"a stratum of {seq_len // strata} tokens is not a multiple of {self.coarsest_window}"
+        if self.topk // strata < 2:
+            return f"it leaves a budget of {self.topk // strata} entry per stratum, fewer than 2"
+        return f"its budget of {self.topk // strata} exceeds the {coarsest // strata} coarsest entries of a stratum"
+
+
+def legal_num_strata(config: LighthouseConfig, seq_len: int) -> list[int]:
+    """Every legal `num_strata` for N = `seq_len`, ascending: divides topk and N, whole coarsest windows, 2 <= m."""
+    coarsest = seq_len // config.coarsest_window
+    if seq_len % config.coarsest_window or config.topk > coarsest:
+        return []
+    return [s for s in range(1, config.topk // 2 + 1) if config.topk % s == 0 and coarsest % s == 0]
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+class ModelConfig(Section):
+    """A Llama-style decoder. `preset: NAME` in a file starts from a preset (see `lhcp.presets`)."""
+
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    dim: PositiveInt
+    """Width of the residual stream."""
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    """Divides num_heads."""
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    ffn_dim: PositiveInt
+    """Hidden width of the SwiGLU feed-forward."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}; valid: {divisors}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where the tokens are."""
+
+    path: Path
+    """Folder written by `lhcp data prepare`."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then constant."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 2_000
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Applied to matrices, not to norms."""
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: `dp` replicas, each of `cp` ranks that share one sequence."""
+
+    dp: PositiveInt | None = None
+    """Data-parallel degree. None: processes / cp."""
+    cp: PositiveInt = 1
+    """Context-parallel degree W: ranks that hold one sequence together."""
+    sharding: Sharding = "zigzag"
+    """`zigzag` balances causal work; `contiguous` gives each rank one run of tokens."""
+    exchange: ExchangeName = "ring"
+    """How shards meet in attention when cp > 1."""
+    block_backend: BlockBackendName = "auto"
+    """Kernel of one attention block; `auto` picks by device."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Runs of tokens that a sequence is split into."""
+        return 2 * self.cp if self.sharding == "zigzag" and self.cp > 1 else self.cp
+
+    def resolve(self, world_size: int) -> ParallelConfig:
+        """Fix `dp` for `world_size` processes.
+
+        Raises:
+            ConfigError: when dp x cp is not the number of processes.
+        """
+        dp = self.dp if self.dp is not None else world_size // self.cp
+        if dp * self.cp != world_size:
+            raise ConfigError(
+                f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} processes; "
+                f"start {(self.dp or 1) * self.cp}, or set parallel.cp to a divisor of {world_size}"
+            )
+        return self.model_copy(update={"dp": dp})
+
+
+class StageConfig(Section):
+    """One stage of a run; the optimizer state and the data order go on across stages."""
+
+    mode: StageMode
+    """`lighthouse`: selection on, except in `dense_layers`; `dense`: ordinary full attention."""
+    steps: PositiveInt
+
+
+class EvalConfig(Section):
+    """Held-out loss during training."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    sequences: Annotated[int, Field(ge=0)] = 0
+    """Held-out sequences; 0: no evaluation."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    output_dir: Path
+    """The run folder: config, metrics, plots."""
+    seq_len: PositiveInt
+    """N, tokens of one sequence over all context-parallel ranks."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass of one data-parallel replica."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the initial weights and of the data order."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and compute."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    data: DataConfig
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    attention: LighthouseConfig = LighthouseConfig()
+    dense_layers: list[int] = []
+    """Layers that stay dense in a Lighthouse stage."""
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """The stage of optimizer step `step` (from 0)."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise AssertionError("step is beyond the last stage")
+
+    def resolve(self, world_size: int) -> RunConfig:
+        """Check what depends on several sections, and fix every derived value.
+
+        Raises:
+            ConfigError: naming the keys, and values that would do.
+        """
+        parallel = self.parallel.resolve(world_size)
+        assert parallel.dp is not None
+        per_pass = parallel.dp * self.micro_batch_size
+        if self.global_batch_size % per_pass:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of dp {parallel.dp} x "
+                f"micro_batch_size {self.micro_batch_size}; nearest legal: "
+                f"{_nearest_multiples(self.global_batch_size, per_pass)}"
+            )
+        if self.seq_len % parallel.num_chunks:
+            raise ConfigError(
+                f"seq_len {self.seq_len} is not a multiple of the {parallel.num_chunks} chunks of parallel.cp "
+                f"{parallel.cp} ({parallel.sharding}); nearest legal: "
+                f"{_nearest_multiples(self.seq_len, parallel.num_chunks)}"
+            )
+        outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
+        if outside:
+            raise ConfigError(f"dense_layers {outside}: the model's layers are 0 to {self.model.num_layers - 1}")
+        attention = self.attention
+        if any(stage.mode == "lighthouse" for stage in self.stages):
+            attention = attention.resolve(self.seq_len, parallel.num_chunks)
+        return self.model_copy(update={"parallel": parallel, "attention": attention})
