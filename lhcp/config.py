@@ -41,8 +41,10 @@ class LighthouseConfig(Section):
     """Equal runs of tokens that select on their own. None: derived by `resolve`, once, when a run is created."""
     max_cp: PositiveInt = 8
     """The largest context-parallel degree that a derived `num_strata` must allow."""
-    scorer: Literal["norm"] = "norm"
-    """`norm`: L2 norm of the rows of Q and K."""
+    scorer: Literal["norm", "dilated"] = "norm"
+    """`norm`: L2 norm of the rows of Q and K; `dilated`: of the outputs of attention over every delta-th token."""
+    dilation: PositiveInt = 4
+    """delta of the `dilated` scorer; divides a chunk."""
     cover_prefix: bool = True
     """Always select the first entry of each level, so that every position receives at least one row."""
     check_finite: bool = False
@@ -92,6 +94,8 @@ class LighthouseConfig(Section):
                 f"num_strata {strata} does not divide evenly over the {num_chunks} chunks of the context-parallel "
                 f"layout (a chunk is a whole number of strata); valid: {fitting or 'none at this topk and seq_len'}"
             )
+        if self.scorer == "dilated" and seq_len // num_chunks % self.dilation:
+            raise ConfigError(f"dilation {self.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
         return self.model_copy(update={"num_strata": strata})
 
     @property

@@ -1,0 +1,1 @@
+"""The device code of Lighthouse attention, each kernel beside its specification in `reference`."""

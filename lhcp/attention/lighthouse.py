@@ -1,0 +1,70 @@
+"""Lighthouse attention in its six steps (arXiv:2605.06554).
+
+Training only: a query's output depends on which entries the whole stratum selected, later tokens included, so
+there is no token-by-token decoding; a run ends in dense attention. Documents in a sequence see each other.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lhcp.attention.selection import Selection, select
+from lhcp.config import ConfigError, LighthouseConfig
+from lhcp.distributed import ContextParallel
+from lhcp.kernels.lighthouse import reference
+
+
+def lighthouse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cfg: LighthouseConfig,
+    *,
+    selection: Selection | None = None,
+    context_parallel: ContextParallel | None = None,
+) -> Tensor:
+    """Causal attention over the pooled, selected, gathered sub-sequence, scattered back to every position.
+
+    Args:
+        q: [B, N / W, H, D], this rank's queries (after RoPE).
+        k: [B, N / W, G, D], G dividing H.
+        v: likewise.
+        cfg: the configuration; its constraints are those of `LighthouseConfig.resolve`.
+        selection: entries to use instead of selecting.
+        context_parallel: the ranks that share the sequence (collective); None: this process has all of it.
+
+    Returns:
+        [B, N / W, H, D] in q's dtype. Gradients reach q, k and v, none through the selection.
+
+    Raises:
+        ConfigError: a broken constraint, or a selection of another sequence or rank.
+    """
+    cp = context_parallel or ContextParallel()
+    levels, p, chunks = cfg.num_levels, cfg.pooling_factor, len(cp.chunks)
+
+    # 1-3. Score and select.
+    sel = select(q, k, cfg, v=v, context_parallel=cp) if selection is None else selection
+    _check(sel, q, k, cfg, cp)
+
+    # 4-5. Gather the entries of every pyramid, in order, and attend.
+    rows, inverse = sel.rows, sel.inverse
+    q_sub, k_sub, v_sub = (reference.gather(reference.pool(x, levels, p), rows, inverse) for x in (q, k, v))
+    out_sub = cp.attend(q_sub, k_sub, v_sub)
+
+    # 6. Scatter back: rows by entry, then each position takes its entries' rows. What a chunk's last
+    # entries write past its end reaches the next chunk through the halo.
+    out_by_entry = reference.gather(out_sub, inverse, rows)
+    sizes = sel.pyramid.sizes
+    halo = cp.halo(reference.last_rows(out_by_entry, sizes, chunks))
+    return reference.scatter_back(out_by_entry, sizes, chunks, p, halo)
+
+
+def _check(sel: Selection, q: Tensor, k: Tensor, cfg: LighthouseConfig, cp: ContextParallel) -> None:
+    """Refuse a selection that was made for something else."""
+    sel.check_held_by(cp)
+    if (sel.config.num_levels, sel.config.pooling_factor) != (cfg.num_levels, cfg.pooling_factor):
+        raise ConfigError("the selection was made with another num_levels or pooling_factor than cfg's")
+    made_for = (sel.entries.shape[0], sel.seq_len, sel.entries.shape[1])
+    given = (q.shape[0], q.shape[1] * cp.size, k.shape[2])
+    if made_for != given:
+        raise ConfigError(f"the selection was made for (batch, seq_len, KV heads) {made_for}, not {given}")

@@ -1,0 +1,176 @@
+"""`ContextParallel`: one rank's view of sequences that several ranks share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lhcp.config import BlockBackendName, ConfigError, ExchangeName, Sharding
+from lhcp.distributed.collectives import all_gather
+from lhcp.distributed.exchange import attend, make_exchange
+from lhcp.distributed.halo import exchange_halo
+from lhcp.distributed.sharding import ChunkLayout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Shardable(Protocol):
+    """Something other than a tensor that knows how to be sharded (a Selection)."""
+
+    def shard(self, cp: ContextParallel) -> Self:
+        """This rank's part."""
+
+    def unshard(self, cp: ContextParallel) -> Self:
+        """The whole, from every rank's part."""
+
+
+S = TypeVar("S", bound=Shardable)
+
+
+class ContextParallel:
+    """Sequences shared by the ranks of a process group.
+
+    Args:
+        group: the context-parallel ranks, or None for a degree of 1.
+        sharding: `zigzag` or `contiguous` (see `sharding`).
+        exchange: how shards meet in attention.
+        block_backend: kernel of one attention block; `auto` picks by device.
+
+    Raises:
+        ConfigError: an unknown sharding, exchange or block backend.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        sharding: Sharding = "zigzag",
+        exchange: ExchangeName = "ring",
+        block_backend: BlockBackendName = "auto",
+    ) -> None:
+        if sharding not in ("zigzag", "contiguous"):
+            raise ConfigError(f"sharding {sharding!r}: valid are 'zigzag', 'contiguous'")
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.layout = ChunkLayout(self.size, sharding)
+        self.exchange = make_exchange(exchange, group, self.layout, self.rank, block_backend)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The chunks that this rank holds, ascending."""
+        return self.layout.chunks(self.rank)
+
+    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
+        """Global position of each of this rank's tokens: int64 [N / W]."""
+        return torch.cat(
+            [torch.arange(start, stop, device=device) for start, stop in self.layout.runs(self.rank, seq_len)]
+        )
+
+    @overload
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor: ...
+    @overload
+    def shard(self, x: S, dim: int = 1) -> S: ...
+    def shard(self, x: Tensor | S, dim: int = 1) -> Tensor | S:
+        """This rank's part of `x`, which every rank holds whole; `dim` is the sequence.
+
+        `shard` and `unshard` are inverse to each other, gradients included: the gradient of a tensor that every
+        rank holds whole is held whole by every rank (collective in backward).
+
+        Raises:
+            ConfigError: the length does not divide into the chunks.
+        """
+        if not isinstance(x, Tensor):
+            return x.shard(self)
+        if self.size == 1:
+            return x
+        self.layout.chunk_length(x.shape[dim])
+        out: Tensor = _Shard.apply(x, dim, self)  # type: ignore[no-untyped-call]
+        return out
+
+    @overload
+    def unshard(self, x: Tensor, dim: int = 1) -> Tensor: ...
+    @overload
+    def unshard(self, x: S, dim: int = 1) -> S: ...
+    def unshard(self, x: Tensor | S, dim: int = 1) -> Tensor | S:
+        """The whole of `x` on every rank, from every rank's part (collective). See `shard` for gradients."""
+        if not isinstance(x, Tensor):
+            return x.unshard(self)
+        if self.size == 1:
+            return x
+        out: Tensor = _Unshard.apply(x, dim, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def attend(self, q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor) -> Tensor:
+        """Dense causal attention of the whole sequences, over shards of q, k and v (collective).
+
+        Args:
+            q_BNHD: this rank's queries, [B, N / W, H, D].
+            k_BNGD: this rank's keys, with G dividing H.
+            v_BNGD: likewise.
+
+        Returns:
+            [B, N / W, H, D]; differentiable.
+
+        Raises:
+            ConfigError: shapes that are not shards of one causal attention.
+        """
+        if q_BNHD.shape[1] % self.layout.chunks_per_rank:
+            raise ConfigError(f"a {self.layout.sharding} shard of {q_BNHD.shape[1]} tokens is not two equal chunks")
+        if k_BNGD.shape != v_BNGD.shape or k_BNGD.shape[:2] != q_BNHD.shape[:2] or q_BNHD.shape[2] % k_BNGD.shape[2]:
+            raise ConfigError(
+                f"q {tuple(q_BNHD.shape)}, k {tuple(k_BNGD.shape)}, v {tuple(v_BNGD.shape)}: k and v must be "
+                f"[B, N, G, D] for q [B, N, H, D], with G dividing H"
+            )
+        return attend(self.exchange, q_BNHD, k_BNGD, v_BNGD)
+
+    def halo(self, rows: Tensor) -> Tensor:
+        """For each of this rank's chunks, the `rows` of the chunk before it; zeros before the first (collective).
+
+        Args:
+            rows: [chunks of this rank, ...], what each of its chunks hands on.
+
+        Returns:
+            The same shape and dtype; differentiable.
+        """
+        return exchange_halo(rows, self.layout, self.rank, self.group)
+
+
+def _take_shard(x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
+    runs = cp.layout.runs(cp.rank, x.shape[dim])
+    return torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
+
+
+def _gather_shards(x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
+    assert cp.group is not None
+    parts = all_gather(x, cp.group)
+    if cp.layout.chunks_per_rank == 1:
+        return torch.cat(parts, dim)
+    halves = [part.chunk(2, dim) for part in parts]
+    owners = [cp.layout.owner(chunk) for chunk in range(cp.layout.num_chunks)]
+    return torch.cat([halves[rank][place] for rank, place in owners], dim)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
+        ctx.dim, ctx.cp = dim, cp
+        return _take_shard(x, dim, cp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_shards(grad, ctx.dim, ctx.cp), None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
+        ctx.dim, ctx.cp = dim, cp
+        return _gather_shards(x, dim, cp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _take_shard(grad, ctx.dim, ctx.cp), None, None

@@ -1,0 +1,138 @@
+"""Ring attention: keys and values travel round the ranks, overlapped with compute (Liu et al., arXiv:2310.01889).
+
+At step i a rank holds the keys and values of rank r - i. Step 0 is the diagonal block, so every query row has
+a finite log-sum-exp before blocks are merged. In backward the keys and values travel again, and with them, one
+hop behind, the gradient that the visited ranks have summed for them; a rank's own part never leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lhcp.config import BlockBackendName
+from lhcp.distributed.exchange.block import block_backend
+from lhcp.distributed.exchange.p2p import RingLink
+from lhcp.distributed.sharding import ChunkLayout
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part of a step that is not masked: these queries against these keys."""
+
+    queries: slice
+    keys: slice
+
+
+def visible_block(layout: ChunkLayout, rank: int, source: int, length: int) -> Block | None:
+    """What `rank`'s queries see of the keys of `source`, another rank; each holds `length` tokens.
+
+    Under zigzag, rank r holds chunks r and 2W-1-r: an earlier rank's first chunk lies before both of r's, its
+    second after both; a later rank's chunks both lie between r's two.
+    """
+    assert source != rank
+    everything = slice(0, length)
+    if layout.chunks_per_rank == 1:
+        return Block(everything, everything) if source < rank else None
+    if source < rank:
+        return Block(everything, slice(0, length // 2))
+    return Block(slice(length // 2, length), everything)
+
+
+class RingExchange:
+    """Causal attention over shards by point-to-point rotation of keys and values.
+
+    A rank sends (W - 1) x (k and v) in forward, and in backward the same again plus (W - 1) x their gradients
+    in the accumulation dtype. At most two key-value buffers are held.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        layout: ChunkLayout,
+        rank: int,
+        backend: BlockBackendName,
+        link: Callable[[ProcessGroup], RingLink] = RingLink,
+    ) -> None:
+        self._layout, self._rank, self._backend = layout, rank, backend
+        self._link, self._group = link, group
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Exchange.forward`."""
+        block = block_backend(self._backend, q)
+        link, world = self._link(self._group), self._layout.world
+        kv = torch.stack((k, v))
+        spare = torch.empty_like(kv)
+
+        link.post(kv, spare)
+        first, lse = block.forward(q, k, v, causal=True)
+        out = first.to(torch.promote_types(q.dtype, torch.float32))
+        link.wait()
+        for step in range(1, world):
+            kv, spare = spare, kv
+            if step < world - 1:
+                link.post(kv, spare)
+            part = self._part(step, q.shape[1])
+            if part is not None:
+                rows = part.queries
+                new, new_lse = block.forward(q[:, rows], kv[0, :, part.keys], kv[1, :, part.keys], causal=False)
+                _merge(out[:, rows], lse[..., rows], new, new_lse)
+            if step < world - 1:
+                link.wait()
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Exchange.backward`."""
+        block = block_backend(self._backend, q)
+        kv_link, dkv_link = self._link(self._group), self._link(self._group)
+        world, dtype = self._layout.world, torch.promote_types(q.dtype, torch.float32)
+        grad = grad.contiguous()
+        kv = torch.stack((k, v))
+        spare = torch.empty_like(kv)
+
+        kv_link.post(kv, spare)
+        dq_, dk_, dv_ = block.backward(grad, q, k, v, out, lse, causal=True)
+        dq, own_dkv = dq_.to(dtype), torch.stack((dk_, dv_)).to(dtype)
+        kv_link.wait()
+        dkv, arriving = torch.zeros_like(own_dkv), torch.empty_like(own_dkv)
+        for step in range(1, world):
+            kv, spare = spare, kv
+            if step < world - 1:
+                kv_link.post(kv, spare)
+            part = self._part(step, q.shape[1])
+            if part is not None:
+                rows, keys = part.queries, part.keys
+                dq_, dk_, dv_ = block.backward(
+                    grad[:, rows], q[:, rows], kv[0, :, keys], kv[1, :, keys], out[:, rows],
+                    lse[..., rows].contiguous(), causal=False,
+                )  # fmt: skip
+                dq[:, rows] += dq_
+            if step > 1:
+                dkv_link.wait()
+                dkv, arriving = arriving, dkv
+            if part is not None:
+                dkv[0, :, keys] += dk_
+                dkv[1, :, keys] += dv_
+            dkv_link.post(dkv, arriving)
+            if step < world - 1:
+                kv_link.wait()
+        dkv_link.wait()
+        own_dkv += arriving
+        return dq.to(q.dtype), own_dkv[0].to(k.dtype), own_dkv[1].to(v.dtype)
+
+    def _part(self, step: int, length: int) -> Block | None:
+        return visible_block(self._layout, self._rank, (self._rank - step) % self._layout.world, length)
+
+
+def _merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
+    """Fold a block's output and log-sum-exp into `out` [B, n, H, D] and `lse` [B, H, n], in place."""
+    total = torch.logaddexp(lse, new_lse)
+    out *= (lse - total).exp().transpose(1, 2).unsqueeze(-1)
+    out += new * (new_lse - total).exp().transpose(1, 2).unsqueeze(-1)
+    lse.copy_(total)
