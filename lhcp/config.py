@@ -16,6 +16,7 @@ Sharding = Literal["zigzag", "contiguous"]
 ExchangeName = Literal["ring"]
 BlockBackendName = Literal["auto", "math", "cpu", "cudnn", "flash"]
 StageMode = Literal["lighthouse", "dense"]
+EvalMode = Literal["dense", "lighthouse", "no_attention"]
 
 
 class ConfigError(ValueError):
@@ -231,6 +232,8 @@ class EvalConfig(Section):
     """Steps between evaluations; 0: only at the end."""
     sequences: Annotated[int, Field(ge=0)] = 0
     """Held-out sequences; 0: no evaluation."""
+    modes: Annotated[list[EvalMode], Field(min_length=1)] = ["dense"]
+    """`dense`; `lighthouse`; `no_attention`: every attention output zeroed, to see what context is worth."""
 
 
 class RunConfig(Section):
@@ -296,7 +299,12 @@ class RunConfig(Section):
         outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
         if outside:
             raise ConfigError(f"dense_layers {outside}: the model's layers are 0 to {self.model.num_layers - 1}")
+        if self.eval.sequences % parallel.dp:
+            raise ConfigError(
+                f"eval.sequences {self.eval.sequences} is not a multiple of dp {parallel.dp}; nearest legal: "
+                f"{_nearest_multiples(self.eval.sequences, parallel.dp)}"
+            )
         attention = self.attention
-        if any(stage.mode == "lighthouse" for stage in self.stages):
+        if "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}:
             attention = attention.resolve(self.seq_len, parallel.num_chunks)
         return self.model_copy(update={"parallel": parallel, "attention": attention})

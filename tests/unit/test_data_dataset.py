@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from lhcp.config import ConfigError
-from lhcp.data import TokenDataset
-from lhcp.data.prepare import prepare
+from lhcp.data import TokenDataset, prepare
 
 TEXT = "".join(chr(33 + i % 90) for i in range(99))
 

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lhcp.config import ConfigError
-from lhcp.data import ByteTokenizer, DatasetIndex, TokenDataset
+from lhcp.data import ByteTokenizer, DatasetIndex, TokenDataset, prepare
 from lhcp.data.index import read_index
-from lhcp.data.prepare import prepare
 from lhcp.data.shards import ShardWriter
 
 DOCUMENTS = [f"document number {i}: " + "x" * (i % 7) for i in range(200)]
@@ -315,7 +314,7 @@ class TestOutput:
             case "finish":
                 monkeypatch.setattr(os, "fsync", fail)
             case "index":
-                monkeypatch.setattr("lhcp.data.prepare.write_index", fail)
+                monkeypatch.setattr(sys.modules[prepare.__module__], "write_index", fail)
             case "rename":
                 monkeypatch.setattr(Path, "rename", fail_to_publish)
         with pytest.raises((KeyboardInterrupt, OSError)):

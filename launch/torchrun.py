@@ -1,0 +1,69 @@
+"""Starting a run on this machine with torchrun. Needs no torch itself: the processes that it starts do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+def command(config_path: Path, overrides: Sequence[str], nproc: int) -> list[str]:
+    """The command line that trains `config_path` in `nproc` processes of this machine.
+
+    `--standalone` makes torchrun pick a free port, so runs can share a machine.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    sets = [word for override in overrides for word in ("--set", override)]
+    return [*torchrun, "-m", "lhcp.train", str(config_path), *sets]
+
+
+def environment(nproc: int) -> dict[str, str]:
+    """This process's environment, with the cores shared out unless OMP_NUM_THREADS is set already."""
+    cores = os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **os.environ}
+
+
+def run(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
+    """Train `config_path` in `nproc` processes and wait for them.
+
+    SIGINT and SIGTERM are passed on to torchrun, which passes them on to the processes. Call it from the main
+    thread: only there can signals be handled.
+
+    Returns:
+        The exit code: 0 when all processes succeeded, 1 when one failed (torchrun does not tell which code it
+        failed with), 128 + n when torchrun died of signal n.
+
+    Raises:
+        OSError: when the interpreter cannot be started.
+    """
+    return _run_forwarding(command(config_path, overrides, nproc), environment(nproc))
+
+
+def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        if child is None:
+            early.append(signum)
+        else:
+            child.send_signal(signum)
+
+    previous = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+    try:
+        # A session of its own: else Ctrl-C reaches torchrun twice, from the terminal and from here, and the
+        # second one breaks off its orderly shutdown.
+        child = subprocess.Popen(argv, env=env, start_new_session=True)
+        for signum in early:
+            child.send_signal(signum)
+        code = child.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    return code if code >= 0 else 128 - code

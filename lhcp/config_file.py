@@ -1,0 +1,227 @@
+"""Reading a run configuration from YAML, and writing one. Imports no torch.
+
+Relative paths in a file (`output_dir`, `data.path`) are relative to the current directory, not to the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lhcp.config import ConfigError, ModelConfig, RunConfig
+from lhcp.presets import MODEL_PRESETS
+
+_KIND_IN_WORDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "path": "must be a path",
+    "list": "must be a list",
+    "tuple": "must be a list",
+}
+_LIMIT_IN_WORDS = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "multiple_of": "must be a multiple of {multiple_of:g}",
+    "too_short": "must have at least {min_length} items",
+    "too_long": "must have at most {max_length} items",
+    "literal_error": "must be {expected}",
+    "finite_number": "must be finite",
+}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate the run configuration in the YAML file `path`.
+
+    Args:
+        path: the file. `model: {preset: NAME}` starts from that preset; the other keys given override it.
+        overrides: `a.b=VALUE` strings, applied in order; VALUE is YAML, list items go by index
+            (`stages.0.steps=5`).
+
+    Raises:
+        ConfigError: with one line per wrong key (key path, what was given, what is valid), or saying why the
+            file or an override cannot be read. What depends on several sections is checked by
+            `RunConfig.resolve`.
+    """
+    data = _read_mapping(path)
+    for override in overrides:
+        _apply_override(data, override)
+    _expand_preset(data)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(map(_describe, error.errors(include_url=False)))) from None
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write `config`, defaults included, as YAML that `load` reads back to an equal configuration.
+
+    Raises:
+        OSError: when `path` cannot be written; its folder must exist.
+    """
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key given twice in a mapping is an error instead of the last one winning."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}, line {mark.line + 1}" if mark else name
+        raise ConfigError(f"{where}: {_one_line(error.problem or error.context or 'not YAML')}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}, line {line}: not YAML (character {error.character!r})") from None
+    except (ValueError, RecursionError) as error:  # such as the date 2026-99-99
+        raise ConfigError(f"{name}: not YAML ({_one_line(error)})") from None
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    data = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: given {_shown(data)} at the top level, must be a mapping (key: value)")
+    return data
+
+
+def _apply_override(data: dict[Any, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: must be KEY=VALUE, such as optim.lr=0.001")
+    name = f"override {override!r}"
+    value = _parse(text, name)
+    here: dict[Any, Any] | list[Any] = data
+    for depth, part in enumerate(parts[:-1], start=1):
+        here = _enter(here, part, parts[:depth], name)
+    here[_slot(here, parts[-1], parts[:-1], name)] = value
+
+
+def _enter(here: dict[Any, Any] | list[Any], part: str, path: list[str], name: str) -> Any:
+    """The section or list at `part`, created where the file leaves a section out."""
+    slot = _slot(here, part, path[:-1], name)
+    dotted = ".".join(path)
+    if isinstance(here, dict) and slot not in here:
+        known = _annotation_at(path)
+        if known is not None and not _is_section(known):
+            raise ConfigError(f"{name}: {dotted} is not a section or a list in the file; set {dotted} as a whole")
+        here[slot] = {}
+    inner = here[slot]
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"{name}: {dotted} is {_shown(inner)}, not a section")
+    here[slot] = copy.copy(inner)  # an alias (*name) elsewhere in the file keeps its value
+    return here[slot]
+
+
+def _slot(here: dict[Any, Any] | list[Any], part: str, path: list[str], name: str) -> Any:
+    """`part` as a key of `here`: itself, or an index."""
+    if isinstance(here, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(here):
+        valid = f"0 to {len(here) - 1}" if here else "none, it is empty"
+        raise ConfigError(f"{name}: {part!r} is not an index of the list {'.'.join(path)}; valid: {valid}")
+    return int(part)
+
+
+def _expand_preset(data: dict[Any, Any]) -> None:
+    model = data.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return
+    given = {key: value for key, value in model.items() if key != "preset"}
+    name = model["preset"]
+    if not isinstance(name, str) or name not in MODEL_PRESETS:
+        raise ConfigError(f"model.preset: given {_shown(name)}, must be one of: {', '.join(MODEL_PRESETS)}")
+    data["model"] = MODEL_PRESETS[name].model_dump() | given
+
+
+def _describe(error: ErrorDetails) -> str:
+    """One line for one of pydantic's errors."""
+    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    key = ".".join(map(str, loc))
+    if kind == "missing":
+        return f"{key}: required"
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{key}: unknown key; {_suggestion(loc)}"
+    if kind == "value_error":
+        return f"{key}: {context['error']}"
+    if kind == "model_type":
+        valid = f"must be a section with the keys {', '.join(_keys_at(loc))}"
+    elif kind in _LIMIT_IN_WORDS:
+        valid = _LIMIT_IN_WORDS[kind].format(**context)
+    else:
+        fallback = error["msg"].replace("Input should be", "must be")
+        valid = _KIND_IN_WORDS.get(kind.partition("_")[0], fallback)
+    return f"{key}: given {_shown(error['input'])}, {valid}"
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    keys = _keys_at(loc[:-1])
+    close = difflib.get_close_matches(str(loc[-1]), keys, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    section = ".".join(map(str, loc[:-1]))
+    return f"{hint}valid{f' in {section}' if section else ''}: {', '.join(keys)}"
+
+
+def _keys_at(loc: Sequence[int | str]) -> list[str]:
+    """Every key of the section at `loc`."""
+    section = _annotation_at(loc)
+    assert _is_section(section), "only a section has keys"
+    return (["preset"] if section is ModelConfig else []) + list(section.model_fields)
+
+
+def _annotation_at(loc: Iterable[int | str]) -> Any:
+    """The declared type at the key path `loc`, None where a key is unknown."""
+    here: Any = RunConfig
+    for part in loc:
+        if _is_section(here):
+            field = here.model_fields.get(str(part))
+            here = field.annotation if field else None
+        else:
+            here = next(iter(get_args(here)), None)  # the items of a list are of one type
+    return here
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _shown(value: object) -> str:
+    """What the user gave, on one line and not longer than is useful."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

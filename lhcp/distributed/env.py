@@ -1,0 +1,64 @@
+"""The processes of a run, as torchrun describes them in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from lhcp.config import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ProcessEnv:
+    """This process among the others; alone when torchrun did not start it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def read(cls) -> ProcessEnv:
+        """From RANK, LOCAL_RANK and WORLD_SIZE."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in
+                     (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))))  # fmt: skip
+
+    def device(self, choice: DeviceChoice) -> torch.device:
+        """The device of this process; `auto` takes its GPU where there is one.
+
+        Raises:
+            ConfigError: `cuda` without a GPU for this process.
+        """
+        gpus = 0 if choice == "cpu" else torch.cuda.device_count()
+        if choice == "cpu" or (choice == "auto" and gpus == 0):
+            return torch.device("cpu")
+        if self.local_rank >= gpus:
+            raise ConfigError(
+                f"device {choice}: local rank {self.local_rank} has no GPU (this machine has {gpus}); "
+                f"start at most {gpus} processes here, or set device: cpu"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+@contextmanager
+def process_group(env: ProcessEnv, device: torch.device) -> Iterator[None]:
+    """The default process group: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Evaluation of models on text that training has not seen."""

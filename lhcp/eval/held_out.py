@@ -1,0 +1,42 @@
+"""Held-out loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lhcp.data import TokenDataset, held_out_batches
+from lhcp.loss import linear_cross_entropy
+from lhcp.model.llama import AttentionFunction, Llama
+from lhcp.parallelize import Mesh, sum_over_ranks
+
+
+def no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
+    """Every attention output zero: what a model does without its context, for comparison."""
+    return torch.zeros_like(q)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Llama, dataset: TokenDataset, seq_len: int, num_sequences: int, attention: AttentionFunction, mesh: Mesh
+) -> float:
+    """Mean loss in nats per token over the first `num_sequences` held-out sequences (collective).
+
+    Raises:
+        ConfigError: too few held-out sequences, or a number that dp does not divide.
+    """
+    device = model.output.weight.device
+    cp = mesh.context_parallel
+    positions = cp.positions(seq_len, device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tokens, labels in held_out_batches(
+        dataset,
+        seq_len=seq_len,
+        num_sequences=num_sequences,
+        runs=cp.layout.runs(cp.rank, seq_len),
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+    ):
+        hidden = model(torch.from_numpy(tokens).to(device), positions, attention)
+        total += linear_cross_entropy(hidden, model.output.weight, torch.from_numpy(labels).to(device))
+    return float(sum_over_ranks(total)) / (num_sequences * seq_len)

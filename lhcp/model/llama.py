@@ -1,0 +1,112 @@
+"""A Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU (Touvron et al., arXiv:2302.13971).
+
+Which attention a layer runs is the caller's: `forward` takes it as a function. Shape suffixes: B batch, N tokens
+held here, E model width, H query heads, G KV heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lhcp.config import ModelConfig
+from lhcp.model.rope import apply_rope, rope_tables
+
+AttentionFunction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [B, N, H, D], k [B, N, G, D], v [B, N, G, D]) -> [B, N, H, D]."""
+
+
+class Attention(nn.Module):
+    """Projections and RoPE around an attention function."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x_BNE: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFunction) -> Tensor:
+        """[B, N, E] -> [B, N, E]."""
+        q, k, v = self.qkv(x_BNE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        out_BNHD = attention(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        out: Tensor = self.out(out_BNHD.flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_BNE: Tensor) -> Tensor:
+        """[B, N, E] -> [B, N, E]."""
+        gate, up = self.gate_up(x_BNE).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BNE: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFunction) -> Tensor:
+        """[B, N, E] -> [B, N, E]."""
+        x_BNE = x_BNE + self.attention(self.attention_norm(x_BNE), cos, sin, attention)
+        out: Tensor = x_BNE + self.feed_forward(self.feed_forward_norm(x_BNE))
+        return out
+
+
+class Llama(nn.Module):
+    """Tokens to final hidden states; the loss multiplies them by `output` in chunks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BN: Tensor, positions_N: Tensor, attention: AttentionFunction) -> Tensor:
+        """Normalised final hidden states, [B, N, E].
+
+        Args:
+            tokens_BN: int64.
+            positions_N: int64, the tokens' positions in the whole sequence.
+            attention: what each layer runs.
+        """
+        config = self.config
+        x_BNE = self.embedding(tokens_BN)
+        cos, sin = rope_tables(positions_N, config.head_dim, config.rope_theta, x_BNE.dtype)
+        for block in self.blocks:
+            x_BNE = block(x_BNE, cos, sin, attention)
+        out: Tensor = self.norm(x_BNE)
+        return out
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal weights of standard deviation 0.02, residual outputs divided by sqrt(2 x layers) (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+                continue
+            residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+            # Drawn in float32 on the CPU, so that every device and dtype starts from the same weights.
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

@@ -1,0 +1,198 @@
+"""The trainer: `torchrun ... -m lhcp.train CONFIG [--set KEY=VALUE ...]`, one process per rank.
+
+Configuration and data are checked before any process group or device memory exists; then every rank runs
+`Trainer.run`. Rank 0 alone writes to the run folder and prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lhcp import config_file
+from lhcp.attention.layers import LayerAttention
+from lhcp.config import ConfigError, EvalMode, RunConfig, StageMode
+from lhcp.data import BatchLoader, TokenDataset
+from lhcp.distributed.env import ProcessEnv, process_group
+from lhcp.eval.held_out import held_out_loss, no_attention
+from lhcp.flops import peak_flops, step_flops
+from lhcp.loss import IGNORE, linear_cross_entropy
+from lhcp.metrics import EVENTS_FILE, HELD_OUT, METRICS_FILE, MetricsLogger, StepMetrics
+from lhcp.model.llama import AttentionFunction, Llama
+from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
+from lhcp.parallelize import Mesh, sum_gradients, sum_over_ranks
+from lhcp.plot import plot_loss
+
+CONFIG_FILE = "config.yaml"
+
+
+class Trainer:
+    """One rank of a run.
+
+    Args:
+        config: resolved.
+        mesh: the ranks.
+        device: of this rank.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
+        self.config, self.mesh, self.device = config, mesh, device
+        cp = mesh.context_parallel
+        self.positions = cp.positions(config.seq_len, device)
+        self.loader = BatchLoader(
+            TokenDataset(config.data.path, "train"),
+            seq_len=config.seq_len,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seed=config.seed,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            runs=cp.layout.runs(cp.rank, config.seq_len),
+        )
+        self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
+        self.model.init_weights(config.seed)
+        self.optimizer = make_optimizer(self.model, config.optim)
+
+    def attention(self, mode: StageMode) -> LayerAttention:
+        """What the model's layers run in a stage of this mode."""
+        lighthouse = self.config.attention if mode == "lighthouse" else None
+        return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers))
+
+    def gradients(self, step: int, attention: AttentionFunction) -> Tensor:
+        """Leave the gradients of `step`'s global mean loss in the parameters, on every rank; return that loss."""
+        batches = [
+            (torch.from_numpy(tokens).to(self.device), torch.from_numpy(labels).to(self.device))
+            for tokens, labels in self.loader.micro_batches(step)
+        ]
+        valid = sum_over_ranks(torch.stack([(labels != IGNORE).sum() for _, labels in batches]).sum())
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device, dtype=self.model.output.weight.dtype)
+        for tokens, labels in batches:
+            hidden = self.model(tokens, self.positions, attention)
+            loss = linear_cross_entropy(hidden, self.model.output.weight, labels) / valid
+            loss.backward()
+            total += loss.detach()
+        sum_gradients(self.model)
+        return sum_over_ranks(total)
+
+    def train_step(self, step: int) -> tuple[float, float]:
+        """One optimizer step (from 0): its loss, and the gradient norm before clipping."""
+        optim = self.config.optim
+        loss = self.gradients(step, self.attention(self.config.stage_at(step).mode))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
+        set_learning_rate(self.optimizer, learning_rate(optim, step))
+        self.optimizer.step()
+        return float(loss), float(norm)
+
+    def held_out(self, mode: EvalMode) -> float:
+        """Held-out loss, nats per token."""
+        attention = no_attention if mode == "no_attention" else self.attention(mode)
+        dataset = TokenDataset(self.config.data.path, "held_out")
+        return held_out_loss(
+            self.model, dataset, self.config.seq_len, self.config.eval.sequences, attention, self.mesh
+        )
+
+    def run(self, logger: MetricsLogger | None) -> None:
+        """All steps of all stages; only the rank with a `logger` reports."""
+        config, evaluation = self.config, self.config.eval
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        world = self.mesh.dp_size * self.mesh.context_parallel.size
+        for step in range(config.total_steps):
+            started = time.perf_counter()
+            loss, norm = self.train_step(step)
+            step_s = time.perf_counter() - started
+            if logger is not None:
+                mode = config.stage_at(step).mode
+                step_tokens = config.global_batch_size * config.seq_len
+                logger.log(
+                    StepMetrics(
+                        step=step,
+                        stage=mode,
+                        loss=loss,
+                        grad_norm=norm,
+                        lr=learning_rate(config.optim, step),
+                        tokens=(step + 1) * step_tokens,
+                        tokens_per_s_per_gpu=step_tokens / step_s / world,
+                        mfu=step_flops(config, mode) / (step_s * world * peak) if peak else None,
+                        memory_gib=peak_memory_gib(self.device),
+                        step_s=step_s,
+                    )
+                )
+            last = step + 1 == config.total_steps
+            if evaluation.sequences and (last or (evaluation.every and (step + 1) % evaluation.every == 0)):
+                for kind in evaluation.modes:
+                    held_out = self.held_out(kind)
+                    if logger is not None:
+                        logger.event(HELD_OUT if kind == "dense" else f"{HELD_OUT}_{kind}", loss=held_out)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory in GiB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check(config: RunConfig) -> None:
+    """Check what only the disk can tell.
+
+    Raises:
+        ConfigError: no data, too little of it, tokens the model cannot hold, or a run folder in use.
+    """
+    for split, sequences in (("train", 1), ("held_out", config.eval.sequences)):
+        if sequences == 0:
+            continue
+        dataset = TokenDataset(config.data.path, "train" if split == "train" else "held_out")
+        if dataset.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size {config.model.vocab_size} is smaller than the vocabulary of {dataset.vocab_size} "
+                f"in {config.data.path}; set it to at least {dataset.vocab_size}"
+            )
+        if dataset.num_sequences(config.seq_len) < sequences:
+            raise ConfigError(
+                f"the {split} split in {config.data.path} has {dataset.num_tokens} tokens, too few for {sequences} "
+                f"sequence(s) of seq_len {config.seq_len}; prepare more text, or use fewer or shorter sequences"
+            )
+    for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE):
+        if (config.output_dir / name).exists():
+            raise ConfigError(f"output_dir {config.output_dir} already holds a run; choose another")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as one rank; the exit code is 2 for what the user can correct."""
+    parser = argparse.ArgumentParser(prog="lhcp.train", description="Train as one rank of a run.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    args = parser.parse_args(argv)
+    env = ProcessEnv.read()
+    try:
+        config = config_file.load(args.config, args.overrides).resolve(env.world_size)
+        check(config)
+        device = env.device(config.device)
+    except ConfigError as error:
+        if env.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    with process_group(env, device):
+        trainer = Trainer(config, Mesh.build(config.parallel, device), device)
+        if env.rank != 0:
+            trainer.run(None)
+            return 0
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        config_file.save(config, config.output_dir / CONFIG_FILE)
+        with MetricsLogger(config.output_dir, config.total_steps) as logger:
+            trainer.run(logger)
+    plot_loss(config.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
