@@ -10,6 +10,7 @@ import typer
 
 import lhcp
 from lhcp import config_file
+from lhcp.checks import check_files
 from lhcp.config import ConfigError
 from lhcp.launch import torchrun
 
@@ -64,7 +65,7 @@ def train(
     """Train on this machine, one process per rank (parallel.dp x parallel.cp)."""
     run = config_file.load(config, overrides or ())
     nproc = (run.parallel.dp or 1) * run.parallel.cp
-    run.resolve(nproc)  # a wrong value ends here, before any process starts
+    check_files(run.resolve(nproc))  # a wrong value ends here, before any process starts
     raise typer.Exit(torchrun.run(config, overrides or (), nproc))
 
 
@@ -100,6 +101,6 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Train a small model on this machine's CPU, from text to a loss curve."""
-    from lhcp import demo as demo_run
+    from lhcp.demo import run
 
-    raise typer.Exit(demo_run.run(out, overrides or []))
+    raise typer.Exit(run(out, overrides or []))

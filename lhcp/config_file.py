@@ -32,8 +32,8 @@ _LIMIT_IN_WORDS = {
     "less_than_equal": "must be at most {le:g}",
     "less_than": "must be less than {lt:g}",
     "multiple_of": "must be a multiple of {multiple_of:g}",
-    "too_short": "must have at least {min_length} items",
-    "too_long": "must have at most {max_length} items",
+    "too_short": "must have at least {min_length} item(s)",
+    "too_long": "must have at most {max_length} item(s)",
     "literal_error": "must be {expected}",
     "finite_number": "must be finite",
 }
@@ -96,7 +96,7 @@ def _parse(text: str, name: str) -> Any:
         raise ConfigError(f"{where}: {_one_line(error.problem or error.context or 'not YAML')}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{name}, line {line}: not YAML (character {error.character!r})") from None
+        raise ConfigError(f"{name}, line {line}: not YAML (character U+{error.character:04X})") from None
     except (ValueError, RecursionError) as error:  # such as the date 2026-99-99
         raise ConfigError(f"{name}: not YAML ({_one_line(error)})") from None
 
@@ -162,7 +162,9 @@ def _expand_preset(data: dict[Any, Any]) -> None:
     given = {key: value for key, value in model.items() if key != "preset"}
     name = model["preset"]
     if not isinstance(name, str) or name not in MODEL_PRESETS:
-        raise ConfigError(f"model.preset: given {_shown(name)}, must be one of: {', '.join(MODEL_PRESETS)}")
+        close = difflib.get_close_matches(str(name), MODEL_PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"model.preset: given {_shown(name)}, must be one of: {', '.join(MODEL_PRESETS)}{hint}")
     data["model"] = MODEL_PRESETS[name].model_dump() | given
 
 

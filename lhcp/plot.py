@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STAGE_COLOURS = {"lighthouse": "#fdf3da", "dense": "#e6edf6"}
-_LOSS, _HELD_OUT, _REFERENCE, _TEXT = "#1f4e8c", "#c8501e", "#707070", "#333333"
+_LOSS, _REFERENCE, _TEXT = "#1f4e8c", "#707070", "#333333"
+_HELD_OUT = {
+    metrics.HELD_OUT: ("held-out", "#c8501e"),
+    f"{metrics.HELD_OUT}_lighthouse": ("held-out, lighthouse", "#2e8b57"),
+}
+"""Events that are drawn: what they are called there, and their colour."""
 _LABEL_SPACING = 0.05
 """Least distance between labels, as a share of the height."""
 
@@ -103,27 +108,18 @@ def _smoothed(y: Sequence[float], reach: int) -> list[float]:
 def _draw_held_out(axes: Axes, run_dir: Path) -> list[_Label]:
     if not (run_dir / metrics.EVENTS_FILE).exists():
         return []
-    points = [
-        (event["step"] + 1, event["loss"])
-        for event in metrics.read_events(run_dir)
-        if event["event"] == metrics.HELD_OUT and event.get("loss") is not None
-    ]
-    if not points:
-        return []
-    x, y = zip(*points, strict=True)
-    size = 6 if len(points) <= 20 else 3.5
-    axes.plot(
-        x,
-        y,
-        "o",
-        color=_HELD_OUT,
-        markersize=size,
-        markeredgecolor="white",
-        markeredgewidth=size / 6,
-        zorder=5,
-        clip_on=False,
-    )
-    return [_Label(y[-1], "held-out", _HELD_OUT)]
+    events = metrics.read_events(run_dir)
+    labels = []
+    for name, (text, colour) in _HELD_OUT.items():
+        points = [(e["step"] + 1, e["loss"]) for e in events if e["event"] == name and e["loss"] is not None]
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        size = 6 if len(points) <= 20 else 3.5
+        (marks,) = axes.plot(x, y, "o", color=colour, markersize=size, zorder=5, clip_on=False)
+        marks.set(markeredgecolor="white", markeredgewidth=size / 6)
+        labels.append(_Label(y[-1], text, colour))
+    return labels
 
 
 def _draw_references(axes: Axes, references: Mapping[str, float]) -> list[_Label]:
@@ -157,7 +153,7 @@ def _dress(axes: Axes, labels: Sequence[_Label]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
     axes.tick_params(colors=_TEXT)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", color="white", linewidth=1)
     axes.set_axisbelow(True)

@@ -18,19 +18,18 @@ from torch import Tensor
 
 from lhcp import config_file
 from lhcp.attention.layers import LayerAttention
+from lhcp.checks import CONFIG_FILE, check_files
 from lhcp.config import ConfigError, EvalMode, RunConfig, StageMode
 from lhcp.data import BatchLoader, TokenDataset
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.eval.held_out import held_out_loss, no_attention
 from lhcp.flops import peak_flops, step_flops
 from lhcp.loss import IGNORE, linear_cross_entropy
-from lhcp.metrics import EVENTS_FILE, HELD_OUT, METRICS_FILE, MetricsLogger, StepMetrics
+from lhcp.metrics import HELD_OUT, MetricsLogger, StepMetrics
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
 from lhcp.parallelize import Mesh, sum_gradients, sum_over_ranks
 from lhcp.plot import plot_loss
-
-CONFIG_FILE = "config.yaml"
 
 
 class Trainer:
@@ -140,31 +139,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def check(config: RunConfig) -> None:
-    """Check what only the disk can tell.
-
-    Raises:
-        ConfigError: no data, too little of it, tokens the model cannot hold, or a run folder in use.
-    """
-    for split, sequences in (("train", 1), ("held_out", config.eval.sequences)):
-        if sequences == 0:
-            continue
-        dataset = TokenDataset(config.data.path, "train" if split == "train" else "held_out")
-        if dataset.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size {config.model.vocab_size} is smaller than the vocabulary of {dataset.vocab_size} "
-                f"in {config.data.path}; set it to at least {dataset.vocab_size}"
-            )
-        if dataset.num_sequences(config.seq_len) < sequences:
-            raise ConfigError(
-                f"the {split} split in {config.data.path} has {dataset.num_tokens} tokens, too few for {sequences} "
-                f"sequence(s) of seq_len {config.seq_len}; prepare more text, or use fewer or shorter sequences"
-            )
-    for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE):
-        if (config.output_dir / name).exists():
-            raise ConfigError(f"output_dir {config.output_dir} already holds a run; choose another")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as one rank; the exit code is 2 for what the user can correct."""
     parser = argparse.ArgumentParser(prog="lhcp.train", description="Train as one rank of a run.")
@@ -174,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = ProcessEnv.read()
     try:
         config = config_file.load(args.config, args.overrides).resolve(env.world_size)
-        check(config)
+        check_files(config)
         device = env.device(config.device)
     except ConfigError as error:
         if env.rank == 0:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from lhcp.config import ConfigError
 
@@ -55,7 +56,7 @@ def process_group(env: ProcessEnv, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         backend = "nccl"
     if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
     try:

@@ -34,22 +34,31 @@ class Case:
 
 
 LONGEST = 256
-LEGAL_SHAPES = [
-    (num_levels, pooling_factor, num_strata, coarsest, budget)
+FORESTS = [
+    (num_levels, pooling_factor, num_strata)
     for num_levels in range(2, 7)
     for pooling_factor in range(2, 6)
     for num_strata in range(1, 5)
-    for coarsest in range(2, LONGEST // (num_strata * pooling_factor ** (num_levels - 1)) + 1)
-    for budget in sorted({2, 3, coarsest // 2, 2 * coarsest // 3, coarsest - 1, coarsest})
-    if 2 <= budget <= coarsest
+    if 2 * num_strata * pooling_factor ** (num_levels - 1) <= LONGEST
 ]
-"""Legal (L, p, strata, coarsest entries of a stratum, m): the last two are what the constraints are about."""
+
+
+def legal_budgets(most: int) -> list[tuple[int, int]]:
+    """(coarsest entries of a stratum, m) with 2 <= m <= coarsest <= most."""
+    return [
+        (coarsest, budget)
+        for coarsest in range(2, most + 1)
+        for budget in sorted({2, 3, coarsest // 2, 2 * coarsest // 3, coarsest - 1, coarsest})
+        if 2 <= budget <= coarsest
+    ]
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    # Drawn from a list because separate integers mostly come out at their smallest, where all is selected.
-    num_levels, pooling_factor, num_strata, coarsest, budget = draw(st.sampled_from(LEGAL_SHAPES))
+    # Drawn from lists because separate integers mostly come out at their smallest, where all is selected.
+    num_levels, pooling_factor, num_strata = draw(st.sampled_from(FORESTS))
+    most = LONGEST // (num_strata * pooling_factor ** (num_levels - 1))
+    coarsest, budget = draw(st.sampled_from(legal_budgets(most)))
     cfg = LighthouseConfig(
         num_levels=num_levels,
         pooling_factor=pooling_factor,

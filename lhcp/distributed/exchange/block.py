@@ -69,7 +69,9 @@ class MathBackend:
     @staticmethod
     def _grouped(x_BNHD: Tensor, groups: int) -> Tensor:
         """[B, G, H / G, N, D] in the accumulation dtype."""
-        return x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32)).transpose(1, 2).unflatten(1, (groups, -1))
+        x_BHND = x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32)).transpose(1, 2)
+        x_BGRND: Tensor = x_BHND.unflatten(1, (groups, -1))
+        return x_BGRND
 
     @staticmethod
     def _flat(x_BGRND: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""A whole model computes the same at every (dp, cp): loss, every gradient, the training curve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from lhcp.attention import Selection, lighthouse_attention, select
+from lhcp.config import RunConfig
+from lhcp.data import prepare
+from lhcp.distributed import ContextParallel
+from lhcp.parallelize import Mesh
+from lhcp.train import Trainer
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kilobytes of real text: this project's own sources."""
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    prepare([Path(__file__).parents[2] / "lhcp" / "data"], folder, held_out=0.3)
+    return folder
+
+
+def make_config(data: Path, dp: int, cp: int, **changes: Any) -> RunConfig:
+    """Three layers of width 24, GQA, sequences of 360 tokens: 8 strata of 45, 5 coarsest entries each.
+
+    Layer 0 is dense: there the norm of a row depends on its token alone, so equal tokens tie up to the rounding
+    of the projections, and which of them is selected would depend on the shapes of the matrix products.
+    """
+    values: dict[str, Any] = {
+        "output_dir": data.parent / "run",
+        "seq_len": 360,
+        "global_batch_size": 4,
+        "dtype": "float64",
+        "device": "cpu",
+        "model": {"vocab_size": 257, "dim": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6,
+                  "ffn_dim": 40},
+        "data": {"path": data},
+        "attention": {"num_levels": 3, "pooling_factor": 3, "topk": 24, "num_strata": 8},
+        "dense_layers": [0],
+        "optim": {"warmup_steps": 3, "lr": 3e-3},
+        "parallel": {"dp": dp, "cp": cp},
+        "stages": [{"mode": "lighthouse", "steps": 10}, {"mode": "dense", "steps": 10}],
+        "eval": {"sequences": 2},
+    }  # fmt: skip
+    return RunConfig.model_validate(values | changes).resolve(dp * cp)
+
+
+def make_trainer(config: RunConfig) -> Trainer:
+    device = torch.device("cpu")
+    return Trainer(config, Mesh.build(config.parallel, device), device)
+
+
+def gradients_of(config: RunConfig, mode: str, rank: int) -> tuple[float, dict[str, Tensor]]:
+    trainer = make_trainer(config)
+    loss = trainer.gradients(0, trainer.attention(mode))
+    return float(loss), {name: p.grad for name, p in trainer.model.named_parameters()}
+
+
+def curve_of(config: RunConfig, rank: int) -> tuple[list[tuple[float, float]], float]:
+    trainer = make_trainer(config)
+    steps = [trainer.train_step(step) for step in range(config.total_steps)]
+    return steps, trainer.held_out("dense")
+
+
+def largest_error(values: dict[str, Tensor], references: dict[str, Tensor]) -> float:
+    assert values.keys() == references.keys()
+    return max(float((values[n] - references[n]).norm() / references[n].norm()) for n in references)
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_loss_and_gradients_are_those_of_one_process(data: Path, mode: str) -> None:
+    results = {
+        layout: run_ranks(layout[0] * layout[1], partial(gradients_of, make_config(data, *layout), mode))
+        for layout in LAYOUTS
+    }
+    ((loss, gradients),) = results[1, 1]
+    assert loss == pytest.approx(np.log(257), rel=0.02)
+    for ranks in results.values():
+        for rank_loss, rank_gradients in ranks:
+            assert rank_loss == pytest.approx(loss, rel=1e-9)
+            assert largest_error(rank_gradients, gradients) <= 1e-9
+
+
+def test_gradient_accumulation_changes_nothing(data: Path) -> None:
+    """4 sequences a step in passes of 1, 2 and 4."""
+    results = [
+        run_ranks(1, partial(gradients_of, make_config(data, 1, 1, micro_batch_size=size), "lighthouse"))[0]
+        for size in (1, 2, 4)
+    ]
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-12)
+        assert largest_error(gradients, results[0][1]) <= 1e-12
+
+
+def test_the_training_curve_is_that_of_one_process(data: Path) -> None:
+    """20 steps across the stage switch: losses, gradient norms, and the held-out loss of the result."""
+    results = [
+        run_ranks(dp * cp, partial(curve_of, make_config(data, dp, cp)), timeout=120) for dp, cp in LAYOUTS
+    ]
+    ((steps, held_out),) = results[0]
+    assert steps[-1][0] < steps[0][0] - 1
+    for ranks in results[1:]:
+        for rank_steps, rank_held_out in ranks:
+            np.testing.assert_allclose(rank_steps, steps, rtol=1e-9)
+            assert rank_held_out == pytest.approx(held_out, rel=1e-9)
+
+
+@dataclass
+class Recorded:
+    """Lighthouse attention that notes its selections, or replays whole-sequence ones."""
+
+    config: RunConfig
+    cp: ContextParallel
+    replay: list[Selection] | None = None
+    seen: list[Selection] = field(default_factory=list)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        config, cp = self.config.attention, self.cp
+        if self.replay is None:
+            selection = select(q, k, config, context_parallel=cp)
+        else:
+            whole = self.replay[len(self.seen)]
+            selection = cp.shard(whole) if cp.size > 1 else whole
+        self.seen.append(selection)
+        return lighthouse_attention(q, k, v, config, selection=selection, context_parallel=cp)
+
+
+def recorded_gradients(
+    config: RunConfig, replay: list[Selection] | None, rank: int
+) -> tuple[dict[str, Tensor], list[Selection]]:
+    trainer = make_trainer(config)
+    cp = trainer.mesh.context_parallel
+    attention = Recorded(config, cp, replay)
+    trainer.gradients(0, attention)
+    seen = [cp.unshard(s) if cp.size > 1 else s for s in attention.seen]
+    return {name: p.grad for name, p in trainer.model.named_parameters()}, seen
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_gradients_with_the_selection_replayed(
+    data: Path, dtype: str, tolerance: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lighthouse in every layer: with one process's selections the gradients agree; own flips are counted."""
+    one, many = (make_config(data, 1, cp, dtype=dtype) for cp in (1, 4))
+    ((reference, selections),) = run_ranks(1, partial(recorded_gradients, one, None))
+    for gradients, _ in run_ranks(4, partial(recorded_gradients, many, selections)):
+        assert largest_error(gradients, reference) <= tolerance
+
+    _, own = run_ranks(4, partial(recorded_gradients, many, None))[0]
+    total = sum(s.entries.numel() for s in selections)
+    flips = sum(
+        len(np.setdiff1d(a.numpy(), b.numpy()))
+        for s, t in zip(selections, own, strict=True)
+        for a, b in zip(s.entries.flatten(0, 1), t.entries.flatten(0, 1), strict=True)
+    )
+    with capsys.disabled():
+        print(f"\n{dtype}, CP=4 against CP=1: {flips} of {total} entries flipped without replay")
+    assert flips <= total * 0.01
