@@ -228,7 +228,7 @@ def test_example_loads() -> None:
     assert (config.parallel.cp, config.parallel.dp, config.seq_len, config.device) == (2, 1, 8192, "cpu")
     assert (config.attention.num_levels, config.attention.pooling_factor) == (3, 4)
     assert (config.attention.topk, config.attention.strata) == (192, 8)
-    assert [(stage.mode, stage.steps) for stage in config.stages] == [("lighthouse", 150), ("dense", 50)]
+    assert [(stage.mode, stage.steps) for stage in config.stages] == [("lighthouse", 200), ("dense", 60)]
 
 
 def test_example_explains_every_key() -> None:

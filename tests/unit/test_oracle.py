@@ -44,6 +44,15 @@ def test_prefix_cover_takes_a_query_place() -> None:
     assert oracle.fan_in(entries, 8, 2, 2) == [1, 2, 2, 2, 1, 1, 1, 1]
 
 
+def test_odd_budget_rounds_the_query_share_down() -> None:
+    # Budget 3 of level 1 is one by query (7 9 9 5: entry 1, the lower of the tie) and two by key of the rest
+    # (6 . 1 4: entries 0 and 3): leaves 0 1 2 3 6 7.
+    query = scores(7, 0, 9, 0, 9, 0, 5, 0)
+    key = scores(6, 0, 8, 0, 1, 0, 4, 0)
+    [[entries]] = oracle.select(query, key, 2, 2, topk=3, num_strata=1, cover_prefix=False)
+    assert entries == [0, 1, 8, 2, 3, 9, 10, 6, 7, 11]
+
+
 def test_three_levels_two_strata() -> None:
     # Tokens 0-7 and 8-15 select on their own, both of their 2 coarsest entries (flat 24 25 and 26 27).
     # Level 1 (flat 16-23): the first stratum has queries 1 5 2 7, keys 9 0 9 0: by query entry 3, then by
@@ -68,17 +77,21 @@ def test_nan_ranks_above_inf_and_is_inherited() -> None:
 def test_attention_values() -> None:
     # All of 4 tokens and their 2 pairs, in order: tokens 0 1, pair (flat 4), tokens 2 3, pair (flat 5).
     entries = [[[0, 1, 4, 2, 3, 5]]]
-    q = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).reshape(1, 4, 1, 1)
-    k = torch.tensor([0.0, math.log(3.0), 0.0, 0.0], dtype=torch.float64).reshape(1, 4, 1, 1)
-    v = torch.tensor([2.0, 4.0, 6.0, 8.0], dtype=torch.float64).reshape(1, 4, 1, 1)
-    # Values per slot 2 4 3 6 8 7. Slots 0 1 2 have query 1 over keys 0, ln 3, ln(3)/2: weights 1 3 sqrt(3).
+    # Four dimensions, so the scale is 1/2: queries of 2 make the logits equal the keys.
+    along = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    values_along = torch.tensor([1.0, 10.0, 0.0, -1.0], dtype=torch.float64)
+    q = torch.outer(torch.tensor([2.0, 2.0, 0.0, 0.0], dtype=torch.float64), along)
+    k = torch.outer(torch.tensor([0.0, math.log(3.0), 0.0, 0.0], dtype=torch.float64), along)
+    v = torch.outer(torch.tensor([2.0, 4.0, 6.0, 8.0], dtype=torch.float64), values_along)
+    # Values per slot 2 4 3 6 8 7. Slots 0 1 2 have query 2 over keys 0, ln 3, ln(3)/2: weights 1 3 sqrt(3).
     # Slots 3 4 5 have query 0: plain means.
     root = math.sqrt(3.0)
     rows = [2.0, (2 + 3 * 4) / 4, (2 + 3 * 4 + root * 3) / (4 + root), 15 / 4, 23 / 5, 30 / 6]
     # Token t goes to t; the pairs to 1-2 and 3.
     expected = [rows[0], rows[1] + rows[2], rows[3] + rows[2], rows[4] + rows[5]]
-    out = oracle.attention(q, k, v, entries, 2, 2)
-    torch.testing.assert_close(out.flatten().tolist(), expected, rtol=1e-14, atol=0)
+    out = oracle.attention(*(x.reshape(1, 4, 1, 4) for x in (q, k, v)), entries, 2, 2)
+    wanted = torch.outer(torch.tensor(expected, dtype=torch.float64), values_along)
+    torch.testing.assert_close(out[0, :, 0], wanted, rtol=1e-14, atol=0)
 
 
 def test_query_heads_use_the_entries_of_their_kv_head() -> None:

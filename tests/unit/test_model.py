@@ -1,0 +1,148 @@
+"""The model, its rotary tables, its loss, its optimizer and its FLOP count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lhcp.config import ModelConfig, OptimConfig, RunConfig
+from lhcp.distributed import ContextParallel
+from lhcp.flops import peak_flops, step_flops
+from lhcp.loss import IGNORE, linear_cross_entropy
+from lhcp.model.llama import Llama
+from lhcp.model.rope import apply_rope, rope_tables
+from lhcp.optim import learning_rate, make_optimizer
+from lhcp.presets import MODEL_PRESETS
+
+SMALL = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40)
+
+
+def dense(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ContextParallel().attend(q, k, v)
+
+
+def test_the_530m_preset_has_530m_parameters() -> None:
+    with torch.device("meta"):
+        model = Llama(MODEL_PRESETS["llama-530m"])
+    assert sum(p.numel() for p in model.parameters()) == 530_055_168 + 61 * 1024  # matrices, and norms
+
+
+def test_rope_is_exact_at_a_million_tokens() -> None:
+    """Where float32 angles would be wrong by some hundredths in the cosine."""
+    positions = torch.tensor([0, 1, 1_048_575])
+    cos, sin = rope_tables(positions, 8, 10_000.0, torch.bfloat16)
+    assert cos.dtype == torch.float32
+    for row, position in enumerate(positions.tolist()):
+        for i in range(4):
+            angle = position * 10_000.0 ** (-2 * i / 8)
+            assert cos[row, 0, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+            assert sin[row, 0, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+def test_rope_makes_products_depend_on_distance_alone() -> None:
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    cos, sin = rope_tables(torch.arange(200), 8, 100.0, torch.float64)
+
+    def product(m: int, n: int) -> float:
+        rotated = [apply_rope(x.view(1, 1, 1, 8), cos[i : i + 1], sin[i : i + 1]) for x, i in ((q, m), (k, n))]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert product(17, 5) == pytest.approx(product(180, 168), rel=1e-12)
+    assert product(17, 5) != pytest.approx(product(17, 6), rel=1e-3)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    models = [Llama(SMALL).to(dtype) for dtype in (torch.float64, torch.float32)]
+    for model in models:
+        model.init_weights(3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a.float(), b)
+    models[1].init_weights(4)
+    assert not torch.equal(models[0].output.weight.float(), models[1].output.weight)
+
+
+def test_no_output_depends_on_a_later_token() -> None:
+    model = Llama(SMALL).double()
+    model.init_weights(0)
+    tokens = torch.randint(0, 61, (1, 20))
+    hidden = model(tokens, torch.arange(20), dense)
+    for t in range(19):
+        changed = tokens.clone()
+        changed[:, t + 1 :] = (changed[:, t + 1 :] + 1) % 61
+        again = model(changed, torch.arange(20), dense)
+        torch.testing.assert_close(again[:, : t + 1], hidden[:, : t + 1], rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(again[:, t + 1 :], hidden[:, t + 1 :])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_chunked_loss_is_the_plain_one(chunk: int) -> None:
+    hidden = torch.randn(3, 11, 24, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(61, 24, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 61, (3, 11))
+    labels[0, 3:9] = IGNORE
+    plain = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, labels, chunk)
+    for value, reference in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-12)
+
+
+def test_bfloat16_loss_is_summed_in_float32() -> None:
+    hidden, weight = torch.randn(1, 4096, 24).bfloat16(), torch.randn(61, 24).bfloat16()
+    labels = torch.randint(0, 61, (1, 4096))
+    loss = linear_cross_entropy(hidden, weight, labels, 512)
+    logits = F.linear(hidden, weight).double().flatten(0, 1)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, labels.flatten(), reduction="sum")), rel=1e-5)
+
+
+def test_loss_without_a_valid_label_is_zero() -> None:
+    hidden = torch.randn(1, 5, 24, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(61, 24), torch.full((1, 5), IGNORE))
+    loss.backward()
+    assert float(loss) == 0
+    assert not hidden.grad.any()
+
+
+def test_schedule() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(config, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=0), 0) == 1.0
+
+
+def test_norms_do_not_decay() -> None:
+    model = Llama(SMALL)
+    matrices, vectors = make_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in vectors["params"]} == {1}
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_flops_by_hand() -> None:
+    """dim 8, 2 layers, 2 heads and 1 KV head of 4, FFN 10, vocabulary 16, N = 64; S = 64/4 + 2 x 8 = 32."""
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "x", "seq_len": 64, "global_batch_size": 3, "data": {"path": "x"},
+            "model": {"vocab_size": 16, "dim": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4,
+                      "ffn_dim": 10},
+            "stages": [{"mode": "dense", "steps": 1}], "dense_layers": [1],
+            "attention": {"num_levels": 2, "pooling_factor": 4, "topk": 4},
+        }
+    )  # fmt: skip
+    # A layer: Q and output 8x8 each, K and V 8x4 each, three FFN matrices 8x10.
+    matrices = 2 * (2 * 64 + 2 * 32 + 3 * 80) + 16 * 8
+    dense_pairs, sparse_pairs = 64 * 64 // 2, 32 * 32 // 2
+    products = 2 * matrices * 64
+    assert step_flops(config, "dense") == 3 * 3 * (products + 4 * 8 * 2 * dense_pairs)
+    assert step_flops(config, "lighthouse") == 3 * 3 * (products + 4 * 8 * (dense_pairs + sparse_pairs))
+
+
+def test_peak_of_known_devices() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA GeForce GTX 970") is None
