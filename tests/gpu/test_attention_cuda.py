@@ -27,7 +27,8 @@ def tensors(kv_heads: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor,
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm())
 
 
 def dense(backend: Any, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
