@@ -208,9 +208,10 @@ class ParallelConfig(Section):
         """
         dp = self.dp if self.dp is not None else world_size // self.cp
         if dp * self.cp != world_size:
+            wanted = f"{self.dp * self.cp}" if self.dp is not None else f"a multiple of {self.cp}"
             raise ConfigError(
-                f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} processes; "
-                f"start {(self.dp or 1) * self.cp}, or set parallel.cp to a divisor of {world_size}"
+                f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} process(es); "
+                f"start {wanted}, or set parallel.cp to a divisor of {world_size}"
             )
         return self.model_copy(update={"dp": dp})
 

@@ -94,9 +94,7 @@ class Trainer:
         """Held-out loss, nats per token."""
         attention = no_attention if mode == "no_attention" else self.attention(mode)
         dataset = TokenDataset(self.config.data.path, "held_out")
-        return held_out_loss(
-            self.model, dataset, self.config.seq_len, self.config.eval.sequences, attention, self.mesh
-        )
+        return held_out_loss(self.model, dataset, self.config.seq_len, self.config.eval.sequences, attention, self.mesh)
 
     def run(self, logger: MetricsLogger | None) -> None:
         """All steps of all stages; only the rank with a `logger` reports."""
@@ -152,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = env.device(config.device)
     except ConfigError as error:
         if env.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends every rank when one has ended: let rank 0 speak first
         return 2
 
     with process_group(env, device):

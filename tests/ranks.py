@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo  # optimizers import it: once here, not in every forked process
+import torch._dynamo  # noqa: F401  (optimizers import it: once here, not in every forked process)
 import torch.distributed as dist
 
 

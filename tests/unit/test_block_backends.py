@@ -82,7 +82,7 @@ def test_bfloat16_is_as_exact_as_stock_attention(name: Any) -> None:
 
 def test_backends_that_cannot_take_the_tensors_are_refused() -> None:
     q = torch.randn(1, 4, 2, 8)
-    with pytest.raises(ConfigError, match="'flash' takes float16 or bfloat16 on CUDA, not torch.float32 on cpu"):
+    with pytest.raises(ConfigError, match=r"'flash' takes float16 or bfloat16 on CUDA, not torch\.float32 on cpu"):
         block_backend("flash", q)
     with pytest.raises(ConfigError, match=r"valid are \['auto', 'cpu', 'cudnn', 'flash', 'math'\]"):
         block_backend("triton", q)  # type: ignore[arg-type]

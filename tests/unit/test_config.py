@@ -111,8 +111,8 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["global_batch_size=3", "micro_batch_size=2"],
         ["global_batch_size 3 is not a multiple of dp 1 x micro_batch_size 2; nearest legal: 2 or 4"],
     ),
-    "processes": (["parallel.dp=2"], ["parallel.dp 2 x parallel.cp 2 does not match 2 processes; start 4"]),
-    "cp and processes": (["parallel.cp=3"], ["parallel.cp 3 does not match 2 processes; start 3"]),
+    "processes": (["parallel.dp=2"], ["parallel.dp 2 x parallel.cp 2 does not match 2 process(es); start 4,"]),
+    "cp and processes": (["parallel.cp=3"], ["parallel.cp 3 does not match 2 process(es); start a multiple of 3,"]),
     "layer outside": (["dense_layers=[0, 4, -1]"], ["dense_layers [4, -1]: the model's layers are 0 to 3"]),
 }
 
