@@ -81,7 +81,7 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["model.preset: given 'tinny', must be one of: tiny, llama-530m; did you mean 'tiny'?"],
     ),
     "preset of another type": (["model.preset=[tiny]"], ["model.preset: given ['tiny'], must be one of: tiny, "]),
-    "heads": (["model.num_kv_heads=3"], ["num_kv_heads 3 does not divide num_heads 4; valid: [1, 2, 4]"]),
+    "heads": (["model.num_kv_heads=3"], ["num_kv_heads 3 does not divide num_heads 2; valid: [1, 2]"]),
     "long value": (["dtype=" + "x" * 500], ["dtype: given 'xxx", "..., must be 'float32' or"]),
     # Several sections at once, checked by resolve.
     "topk and strata": (["attention.num_strata=7"], ["num_strata 7 is not legal (it does not divide topk 192)"]),

@@ -89,7 +89,7 @@ def test_chunked_loss_is_the_plain_one(chunk: int) -> None:
     loss = linear_cross_entropy(hidden, weight, labels, chunk)
     for value, reference in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
-    assert float(loss) == pytest.approx(float(plain), rel=1e-12)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
 
 
 def test_bfloat16_loss_is_summed_in_float32() -> None:
@@ -105,7 +105,7 @@ def test_loss_without_a_valid_label_is_zero() -> None:
     hidden = torch.randn(1, 5, 24, requires_grad=True)
     loss = linear_cross_entropy(hidden, torch.randn(61, 24), torch.full((1, 5), IGNORE))
     loss.backward()
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert not hidden.grad.any()
 
 
