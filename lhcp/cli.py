@@ -74,12 +74,15 @@ def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="Text or JSONL files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     held_out: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
+    text_key: Annotated[str, typer.Option(help="Where a JSONL line has its text.")] = "text",
+    suffix: Annotated[list[str] | None, typer.Option(help="Also read text files that end so, such as .jl.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset that is there.")] = False,
 ) -> None:
     """Turn files into tokens that training reads."""
     from lhcp import data
 
-    index = data.prepare(inputs, out, held_out=held_out, overwrite=overwrite)
+    suffixes = (*data.TEXT_SUFFIXES, *(suffix or ()))
+    index = data.prepare(inputs, out, held_out=held_out, text_key=text_key, suffixes=suffixes, overwrite=overwrite)
     _print_summary(out, index)
 
 

@@ -9,6 +9,7 @@ reads tokens [j N, (j+1) N + 1) of it; documents in one sequence are not masked 
 """
 
 from lhcp.data.dataset import TokenDataset
+from lhcp.data.documents import TEXT_SUFFIXES
 from lhcp.data.entropy import bigram_entropy, unigram_entropy
 from lhcp.data.index import DatasetIndex, SplitName
 from lhcp.data.loader import Batch, BatchLoader, Run, held_out_batches, read_sequences
@@ -17,6 +18,7 @@ from lhcp.data.sampler import sequence_ids
 from lhcp.data.tokenizer import ByteTokenizer
 
 __all__ = [
+    "TEXT_SUFFIXES",
     "Batch",
     "BatchLoader",
     "ByteTokenizer",

@@ -46,8 +46,8 @@ def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
             raise ConfigError(f"input {path} does not exist")
         elif path.suffix and not path.name.lower().endswith(wanted):
             raise ConfigError(
-                f"input {path} is of a kind that is not read; known: {' '.join(wanted)} (add a suffix of "
-                f"text files with `suffixes`)"
+                f"input {path} is of a kind that is not read; known: {' '.join(wanted)} (add one of text "
+                f"files with --suffix)"
             )
         else:
             files.append(path)
@@ -101,7 +101,7 @@ def _text_of(line: bytes, text_key: str, place: str) -> bytes:
     if not isinstance(record, dict):
         raise ConfigError(f"{place} is a JSON {type(record).__name__}, not an object with the key {text_key!r}")
     if text_key not in record:
-        raise ConfigError(f"{place} has no key {text_key!r}; it has {list(record)} (choose one with `text_key`)")
+        raise ConfigError(f"{place} has no key {text_key!r}; it has {list(record)} (choose one with --text-key)")
     text = record[text_key]
     if not isinstance(text, str):
         raise ConfigError(f"{place}: the value of {text_key!r} is a {type(text).__name__}, not a string")

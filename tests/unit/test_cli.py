@@ -113,6 +113,12 @@ def test_data_prepare(tmp_path: Path) -> None:
     arguments = ("data", "prepare", "texts", "--out", "tokens", "--held-out", "0", "--overwrite")
     assert lhcp_command(*arguments, cwd=tmp_path).returncode == 0
 
+    (tmp_path / "texts" / "more.jl").write_text("function")
+    (tmp_path / "texts" / "more.jsonl").write_text('{"body": "a record"}\n')
+    more = lhcp_command(*arguments, "--suffix", ".jl", "--text-key", "body", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "read      43 files, 43 documents" in more.stdout
+
 
 @pytest.mark.parametrize(("cp", "dp", "nproc"), [(2, "1", 2), (1, "", 1), (2, "", 2), (2, "2", 4)])
 def test_train_starts_one_process_per_rank(

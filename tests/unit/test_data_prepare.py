@@ -106,7 +106,7 @@ class TestReading:
             ('["x"]', r"a\.jsonl:3 is a JSON list, not an object with the key 'text'"),
             (
                 '{"body": "x", "id": 1}',
-                r"a\.jsonl:3 has no key 'text'; it has \['body', 'id'\] \(choose one with `text_key`\)",
+                r"a\.jsonl:3 has no key 'text'; it has \['body', 'id'\] \(choose one with --text-key\)",
             ),
             ('{"text": 5}', r"a\.jsonl:3: the value of 'text' is a int, not a string"),
         ],
