@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
 
 
 def command(config_path: Path, overrides: Sequence[str], nproc: int) -> list[str]:
@@ -18,7 +20,7 @@ def command(config_path: Path, overrides: Sequence[str], nproc: int) -> list[str
 
     `--standalone` makes torchrun pick a free port, so runs can share a machine.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    torchrun = [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}"]
     sets = [word for override in overrides for word in ("--set", override)]
     return [*torchrun, "-m", "lhcp.train", str(config_path), *sets]
 
@@ -32,12 +34,11 @@ def environment(nproc: int) -> dict[str, str]:
 def run(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
     """Train `config_path` in `nproc` processes and wait for them.
 
-    SIGINT and SIGTERM are passed on to torchrun, which passes them on to the processes. Call it from the main
+    SIGINT, SIGTERM and SIGHUP are passed on to torchrun, which passes them on to the processes. Call it from the main
     thread: only there can signals be handled.
 
     Returns:
-        The exit code: 0 when all processes succeeded, 1 when one failed (torchrun does not tell which code it
-        failed with), 128 + n when torchrun died of signal n.
+        The exit code: 0 when all processes succeeded, else that of the first that failed; 128 + n for signal n.
 
     Raises:
         OSError: when the interpreter cannot be started.
@@ -59,7 +60,7 @@ def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
     try:
         # A session of its own: else Ctrl-C reaches torchrun twice, from the terminal and from here, and the
         # second one breaks off its orderly shutdown.
-        child = subprocess.Popen(argv, env=env, start_new_session=True)
+        child = subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=_die_with_parent)
         for signum in early:
             child.send_signal(signum)
         code = child.wait()
@@ -67,3 +68,8 @@ def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     return code if code >= 0 else 128 - code
+
+
+def _die_with_parent() -> None:
+    """In the child: be told to end when this process is killed, so that no ranks are left training (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

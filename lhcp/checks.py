@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from lhcp.config import ConfigError, RunConfig
 from lhcp.data import SplitName, TokenDataset
 from lhcp.metrics import EVENTS_FILE, METRICS_FILE
@@ -19,9 +22,19 @@ def check_files(config: RunConfig) -> None:
     _check_split(config, "train", 1)
     if config.eval.sequences:
         _check_split(config, "held_out", config.eval.sequences)
+    _check_writable(config.output_dir)
     for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE):
         if (config.output_dir / name).exists():
             raise ConfigError(f"output_dir {config.output_dir} already holds a run; choose another folder")
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir {folder}: {existing} is not a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir {folder}: no permission to write in {existing}; choose another")
 
 
 def _check_split(config: RunConfig, split: SplitName, sequences: int) -> None:

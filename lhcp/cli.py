@@ -36,7 +36,7 @@ def main() -> None:
     """Entry point: what the user can correct ends in one message on stderr and exit code 2."""
     try:
         app()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         message = str(error).replace("\n", "\n       ")  # lines of one message, aligned
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -66,34 +66,31 @@ class LighthouseConfig(Section):
         Raises:
             ConfigError: naming the constraint that fails and valid values.
         """
-        if seq_len % self.coarsest_window:
+        if seq_len % (self.coarsest_window * num_chunks):
             raise ConfigError(
-                f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {self.coarsest_window}; "
-                f"nearest legal: {_nearest_multiples(seq_len, self.coarsest_window)}"
+                f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {self.coarsest_window} tokens "
+                f"in each of {num_chunks} chunk(s); nearest legal: "
+                f"{_nearest_multiples(seq_len, self.coarsest_window * num_chunks)}"
             )
-        legal = legal_num_strata(self, seq_len)
-        if not legal:
+        if self.topk > seq_len // self.coarsest_window:
             raise ConfigError(
-                f"no num_strata is legal for seq_len {seq_len}, topk {self.topk}, num_levels {self.num_levels}, "
-                f"pooling_factor {self.pooling_factor}: the {seq_len // self.coarsest_window} coarsest entries "
-                f"must be at least topk, and some divisor of topk must divide them"
+                f"topk {self.topk} exceeds the {seq_len // self.coarsest_window} coarsest entries of seq_len {seq_len} "
+                f"(num_levels {self.num_levels}, pooling_factor {self.pooling_factor}); it must be at most that"
             )
+        legal = [s for s in legal_num_strata(self, seq_len) if s % num_chunks == 0]
+        advice = f"valid: {legal}" if legal else "none is valid here: topk should be a multiple of the chunks"
         strata = self.num_strata
         if strata is None:
             step = 2 * self.max_cp
             strata = next((s for s in legal if s % step == 0 and s * 128 >= self.topk), None)
             if strata is None:
                 raise ConfigError(
-                    f"no multiple of 2 x max_cp = {step} is a legal num_strata for seq_len {seq_len} and topk "
-                    f"{self.topk}; set num_strata to one of {legal}, or change topk or max_cp"
+                    f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
+                    f"topk {self.topk} over {num_chunks} chunk(s); {advice}"
                 )
         elif strata not in legal:
-            raise ConfigError(f"num_strata {strata} is not legal ({self._broken_by(strata, seq_len)}); valid: {legal}")
-        if strata % num_chunks:
-            fitting = [s for s in legal if s % num_chunks == 0]
             raise ConfigError(
-                f"num_strata {strata} does not divide evenly over the {num_chunks} chunks of the context-parallel "
-                f"layout (a chunk is a whole number of strata); valid: {fitting or 'none at this topk and seq_len'}"
+                f"num_strata {strata} is not legal: {self._broken_by(strata, seq_len, num_chunks)}; {advice}"
             )
         if self.scorer == "dilated" and seq_len // num_chunks % self.dilation:
             raise ConfigError(f"dilation {self.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
@@ -109,7 +106,7 @@ class LighthouseConfig(Section):
         """S, the gathered entries of one sequence: N / p^(L-1) + (L-1) p topk."""
         return seq_len // self.coarsest_window + (self.num_levels - 1) * self.pooling_factor * self.topk
 
-    def _broken_by(self, strata: int, seq_len: int) -> str:
+    def _broken_by(self, strata: int, seq_len: int, num_chunks: int) -> str:
         """The first constraint that `strata` breaks, in words."""
         coarsest = seq_len // self.coarsest_window
         if self.topk % strata:
@@ -118,6 +115,11 @@ class LighthouseConfig(Section):
             return f"it does not divide seq_len {seq_len}"
         if coarsest % strata:
             return f"a stratum of {seq_len // strata} tokens is not a multiple of {self.coarsest_window}"
+        if strata % num_chunks:
+            return (
+                f"it does not divide evenly over the {num_chunks} chunks of the context-parallel layout (a chunk is a "
+                f"whole number of strata)"
+            )
         return f"it leaves a budget of {self.topk // strata} entry per stratum, fewer than 2"
 
 
@@ -246,7 +248,7 @@ class RunConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass of one data-parallel replica."""
-    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of the initial weights and of the data order."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and compute."""
@@ -255,7 +257,7 @@ class RunConfig(Section):
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]
     attention: LighthouseConfig = LighthouseConfig()
-    dense_layers: list[int] = []
+    dense_layers: list[Annotated[int, Field(strict=True, ge=0)]] = []
     """Layers that stay dense in a Lighthouse stage."""
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -289,11 +291,20 @@ class RunConfig(Section):
                 f"micro_batch_size {self.micro_batch_size}; nearest legal: "
                 f"{_nearest_multiples(self.global_batch_size, per_pass)}"
             )
+        attention = self.attention
+        if "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}:
+            attention = attention.resolve(self.seq_len, parallel.num_chunks)
         if self.seq_len % parallel.num_chunks:
             raise ConfigError(
                 f"seq_len {self.seq_len} is not a multiple of the {parallel.num_chunks} chunks of parallel.cp "
                 f"{parallel.cp} ({parallel.sharding}); nearest legal: "
                 f"{_nearest_multiples(self.seq_len, parallel.num_chunks)}"
+            )
+        backend, device = parallel.block_backend, self.device
+        if (backend == "cpu" and device == "cuda") or backend in ("cudnn", "flash"):
+            raise ConfigError(
+                f"parallel.block_backend {backend} does not take dtype {self.dtype} on device {device}; "
+                f"use auto or math"
             )
         outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
         if outside:
@@ -303,7 +314,4 @@ class RunConfig(Section):
                 f"eval.sequences {self.eval.sequences} is not a multiple of dp {parallel.dp}; nearest legal: "
                 f"{_nearest_multiples(self.eval.sequences, parallel.dp)}"
             )
-        attention = self.attention
-        if "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}:
-            attention = attention.resolve(self.seq_len, parallel.num_chunks)
         return self.model_copy(update={"parallel": parallel, "attention": attention})

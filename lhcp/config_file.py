@@ -66,10 +66,12 @@ def save(config: RunConfig, path: Path) -> None:
     """Write `config`, defaults included, as YAML that `load` reads back to an equal configuration.
 
     Raises:
+        FileExistsError: when there is such a file.
         OSError: when `path` cannot be written; its folder must exist.
     """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and clipping by the global gradient norm."""
+"""AdamW and its schedule."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def plot_loss(run_dir: Path, *, references: Mapping[str, float] | None = None) -
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("no loss.png: it needs matplotlib (pip install 'lhcp[plot]')")
+        print("no loss.png: it needs matplotlib (pip install matplotlib)")
         return None
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -73,9 +73,9 @@ def _draw_loss(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> list[_Label]:
     last = math.nan
     # About 1/40 of the run, and never across a change of stage: the spike there is what one looks for.
     reach = finite // 80
-    for x, y in _curves(steps):
+    for number, (x, y) in enumerate(_curves(steps)):
         axes.plot(x, y, color=_LOSS, linewidth=0.8, alpha=0.3 if reach else 1)
-        smooth = _smoothed(y, reach)
+        smooth = _smoothed(y, reach, first=number == 0)
         last = next((value for value in reversed(smooth) if math.isfinite(value)), last)
         axes.plot(x, smooth, color=_LOSS, linewidth=2, marker="o" if len(x) == 1 else None, clip_on=False)
     return [_Label(last, "training", _LOSS)]
@@ -91,16 +91,16 @@ def _curves(steps: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[fl
     return curves
 
 
-def _smoothed(y: Sequence[float], reach: int) -> list[float]:
+def _smoothed(y: Sequence[float], reach: int, *, first: bool) -> list[float]:
     """Mean over the finite values at most `reach` away.
 
-    Near the start the window shrinks on both sides, so that a steep first descent is not flattened; at the end
-    only its right side does, so that the last value is a mean as well.
+    At the ends of a stage the window shrinks on one side, so that its first and last values are means as well; at
+    the start of the run on both, so that the steep first descent is not flattened.
     """
     result = []
     for i in range(len(y)):
-        near = min(reach, i)
-        window = [value for value in y[i - near : i + near + 1] if math.isfinite(value)]
+        near = min(reach, i) if first else reach
+        window = [value for value in y[max(0, i - near) : i + near + 1] if math.isfinite(value)]
         result.append(sum(window) / len(window) if window else math.nan)
     return result
 

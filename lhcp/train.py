@@ -7,6 +7,7 @@ Configuration and data are checked before any process group or device memory exi
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 import time
@@ -22,6 +23,7 @@ from lhcp.checks import CONFIG_FILE, check_files
 from lhcp.config import ConfigError, EvalMode, RunConfig, StageMode
 from lhcp.data import BatchLoader, TokenDataset
 from lhcp.distributed.env import ProcessEnv, process_group
+from lhcp.distributed.exchange.block import block_backend
 from lhcp.eval.held_out import held_out_loss, no_attention
 from lhcp.flops import peak_flops, step_flops
 from lhcp.loss import IGNORE, linear_cross_entropy
@@ -86,6 +88,11 @@ class Trainer:
         optim = self.config.optim
         loss = self.gradients(step, self.attention(self.config.stage_at(step).mode))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
+        if not (loss.isfinite() and norm.isfinite()):  # the same on every rank
+            raise FloatingPointError(
+                f"step {step + 1}: the loss is {float(loss)} and the gradient norm {float(norm)}, so training has "
+                f"diverged; the weights were not updated. Lower optim.lr or lengthen optim.warmup_steps"
+            )
         set_learning_rate(self.optimizer, learning_rate(optim, step))
         self.optimizer.step()
         return float(loss), float(norm)
@@ -143,18 +150,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     args = parser.parse_args(argv)
-    env = ProcessEnv.read()
+    rank = int(os.environ.get("RANK", "0"))
     try:
+        env = ProcessEnv.read()
         config = config_file.load(args.config, args.overrides).resolve(env.world_size)
         check_files(config)
         device = env.device(config.device)
+        block_backend(config.parallel.block_backend, torch.empty(0, dtype=getattr(torch, config.dtype), device=device))
     except ConfigError as error:
-        if env.rank == 0:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(2)  # torchrun ends every rank when one has ended: let rank 0 speak first
         return 2
 
+    try:
+        return train(config, env, device)
+    except (FloatingPointError, FileExistsError) as error:
+        if env.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(config: RunConfig, env: ProcessEnv, device: torch.device) -> int:
+    """Train as rank `env.rank` of a resolved and checked configuration."""
     with process_group(env, device):
         trainer = Trainer(config, Mesh.build(config.parallel, device), device)
         if env.rank != 0:

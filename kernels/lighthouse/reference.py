@@ -38,16 +38,17 @@ def row_norms(x_BNHD: Tensor, num_kv_heads: int) -> Tensor:
     Returns:
         [B, G, N] in the accumulation dtype.
     """
-    x_BNGX: Tensor = (
-        x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32)).unflatten(2, (num_kv_heads, -1)).flatten(3)
-    )
+    # Contiguous: how a row is summed must not depend on its strides, or equal rows would not tie.
+    x_BNHD = x_BNHD.to(torch.promote_types(x_BNHD.dtype, torch.float32)).contiguous()
+    x_BNGX: Tensor = x_BNHD.unflatten(2, (num_kv_heads, -1)).flatten(3)
     return x_BNGX.square().sum(-1).sqrt().transpose(1, 2)
 
 
 def score_bits(scores: Tensor) -> Tensor:
-    """Bit patterns of non-negative scores as integers that order the same way; NaN above inf.
+    """Bit patterns of non-negative scores as integers that order the same way.
 
-    Adding zero turns -0.0, whose pattern is the smallest integer, into 0.0.
+    A NaN lies above inf, or below 0 when its sign bit is set: any order will do, as long as it is one. Adding
+    zero turns -0.0, whose pattern is the smallest integer, into 0.0.
     """
     return (scores + 0.0).view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lhcp.attention.selection import Selection, select
 from lhcp.config import ConfigError, LighthouseConfig
-from lhcp.distributed import ContextParallel
+from lhcp.distributed import ContextParallel, check_shapes
 from lhcp.kernels.lighthouse import reference
 
 
@@ -41,6 +41,8 @@ def lighthouse_attention(
     """
     cp = context_parallel or ContextParallel()
     levels, p, chunks = cfg.num_levels, cfg.pooling_factor, len(cp.chunks)
+
+    check_shapes(q, k, v)
 
     # 1-3. Score and select.
     sel = select(q, k, cfg, v=v, context_parallel=cp) if selection is None else selection

@@ -16,7 +16,7 @@ from torch import Tensor
 from lhcp.attention.pyramid import PyramidShape
 from lhcp.attention.scoring import dilated_scores, norm_scores
 from lhcp.config import ConfigError, LighthouseConfig
-from lhcp.distributed import ContextParallel
+from lhcp.distributed import ContextParallel, check_shapes
 from lhcp.kernels.lighthouse import reference
 
 
@@ -121,6 +121,7 @@ def select(
     cp = context_parallel or ContextParallel()
     q = q if score_q is None else score_q
     k = k if score_k is None else score_k
+    check_shapes(q, k, v if v is not None and cfg.scorer == "dilated" else k)
     if cfg.scorer == "norm":
         scores = norm_scores(q, k)
     elif v is None:

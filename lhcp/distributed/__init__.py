@@ -1,5 +1,5 @@
 """Context parallelism: sharding of sequences, the attention exchange, the halo."""
 
-from lhcp.distributed.context_parallel import ContextParallel
+from lhcp.distributed.context_parallel import ContextParallel, check_shapes
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "check_shapes"]

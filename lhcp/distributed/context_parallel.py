@@ -31,6 +31,19 @@ class Shardable(Protocol):
 S = TypeVar("S", bound=Shardable)
 
 
+def check_shapes(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor) -> None:
+    """Refuse tensors that are not the q, k and v of one attention.
+
+    Raises:
+        ConfigError: naming their shapes and dtypes.
+    """
+    q, k, v = q_BNHD, k_BNGD, v_BNGD
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    if not fits or k.shape[2] == 0 or q.shape[2] % k.shape[2] or not q.dtype == k.dtype == v.dtype:
+        given = ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ConfigError(f"{given}: k and v must be [B, N, G, D] for q [B, N, H, D], G dividing H, in one dtype")
+
+
 class ContextParallel:
     """Sequences shared by the ranks of a process group.
 
@@ -101,6 +114,8 @@ class ContextParallel:
             return x.unshard(self)
         if self.size == 1:
             return x
+        if x.shape[dim] % self.layout.chunks_per_rank:
+            raise ConfigError(f"a {self.layout.sharding} shard of {x.shape[dim]} is not two equal chunks")
         out: Tensor = _Unshard.apply(x, dim, self)  # type: ignore[no-untyped-call]
         return out
 
@@ -120,11 +135,7 @@ class ContextParallel:
         """
         if q_BNHD.shape[1] % self.layout.chunks_per_rank:
             raise ConfigError(f"a {self.layout.sharding} shard of {q_BNHD.shape[1]} tokens is not two equal chunks")
-        if k_BNGD.shape != v_BNGD.shape or k_BNGD.shape[:2] != q_BNHD.shape[:2] or q_BNHD.shape[2] % k_BNGD.shape[2]:
-            raise ConfigError(
-                f"q {tuple(q_BNHD.shape)}, k {tuple(k_BNGD.shape)}, v {tuple(v_BNGD.shape)}: k and v must be "
-                f"[B, N, G, D] for q [B, N, H, D], with G dividing H"
-            )
+        check_shapes(q_BNHD, k_BNGD, v_BNGD)
         return attend(self.exchange, q_BNHD, k_BNGD, v_BNGD)
 
     def halo(self, rows: Tensor) -> Tensor:

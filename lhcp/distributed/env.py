@@ -27,7 +27,16 @@ class ProcessEnv:
 
     @classmethod
     def read(cls) -> ProcessEnv:
-        """From RANK, LOCAL_RANK and WORLD_SIZE."""
+        """From RANK, LOCAL_RANK and WORLD_SIZE.
+
+        Raises:
+            ConfigError: Slurm started several tasks without torchrun, each of which would train alone.
+        """
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise ConfigError(
+                "srun started several tasks, but WORLD_SIZE is not set; start one torchrun per node with srun, and "
+                "lhcp.train with torchrun"
+            )
         return cls(*(int(os.environ.get(name, default)) for name, default in
                      (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))))  # fmt: skip
 
@@ -41,9 +50,10 @@ class ProcessEnv:
         if choice == "cpu" or (choice == "auto" and gpus == 0):
             return torch.device("cpu")
         if self.local_rank >= gpus:
+            remedy = f"start at most {gpus} processes here, or set" if gpus else "set"
             raise ConfigError(
-                f"device {choice}: local rank {self.local_rank} has no GPU (this machine has {gpus}); "
-                f"start at most {gpus} processes here, or set device: cpu"
+                f"device {choice}: local rank {self.local_rank} has no GPU (this machine has {gpus}); {remedy} "
+                f"device: cpu"
             )
         return torch.device("cuda", self.local_rank)
 

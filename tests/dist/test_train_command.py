@@ -72,6 +72,35 @@ def test_one_and_two_processes_leave_the_same_run(config: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
 
 
+def test_the_demo_at_one_and_two_processes(tmp_path: Path) -> None:
+    """The demo's own configuration, shortened: the loss curve of one process, across the stage switch."""
+    tokens = tmp_path / "tokens"
+    prepare([REPOSITORY / "lhcp", REPOSITORY / "kernels"], tokens, held_out=0.3)
+    curves = {}
+    for cp in (1, 2):
+        shorter = [
+            f"data.path={tokens}", f"output_dir={tmp_path / str(cp)}", f"parallel.cp={cp}", "dtype=float64",
+            "seq_len=2048", "attention.topk=48", "stages.0.steps=6", "stages.1.steps=2", "eval.sequences=1",
+            "optim.warmup_steps=2",
+        ]  # fmt: skip
+        demo = REPOSITORY / "launch" / "configs" / "demo.yaml"
+        result = lhcp("train", demo, *(word for s in shorter for word in ("--set", s)))
+        assert result.returncode == 0, result.stderr
+        curves[cp] = [(m["loss"], m["grad_norm"]) for m in read(tmp_path / str(cp) / "metrics.jsonl")]
+    for one, two in zip(curves[1], curves[2], strict=True):
+        assert two == pytest.approx(one, rel=1e-8)
+
+
+def test_divergence_is_one_message(config: Path) -> None:
+    out = config.parent / "diverged"
+    wild = [f"output_dir={out}", "optim.lr=1e200", "optim.warmup_steps=0"]
+    result = lhcp("train", config, *(word for s in wild for word in ("--set", s)))
+    assert result.returncode == 1
+    messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert messages[0].startswith("error: step 2: the loss is ")
+    assert "Traceback" not in result.stderr
+
+
 def test_a_run_folder_is_never_overwritten(config: Path) -> None:
     out = config.parent / "kept"
     out.mkdir()

@@ -11,54 +11,19 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from runs import largest_error, make_config, make_trainer, write_data
 from torch import Tensor
 
 from lhcp.attention import Selection, lighthouse_attention, select
 from lhcp.config import RunConfig
-from lhcp.data import prepare
 from lhcp.distributed import ContextParallel
-from lhcp.parallelize import Mesh
-from lhcp.train import Trainer
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few kilobytes of real text: this project's own sources."""
-    folder = tmp_path_factory.mktemp("data") / "tokens"
-    prepare([Path(__file__).parents[2] / "lhcp" / "data"], folder, held_out=0.3)
-    return folder
-
-
-def make_config(data: Path, dp: int, cp: int, **changes: Any) -> RunConfig:
-    """Three layers of width 24, GQA, sequences of 360 tokens: 8 strata of 45, 5 coarsest entries each.
-
-    Layer 0 is dense: there the norm of a row depends on its token alone, so equal tokens tie up to the rounding
-    of the projections, and which of them is selected would depend on the shapes of the matrix products.
-    """
-    values: dict[str, Any] = {
-        "output_dir": data.parent / "run",
-        "seq_len": 360,
-        "global_batch_size": 4,
-        "dtype": "float64",
-        "device": "cpu",
-        "model": {"vocab_size": 257, "dim": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6,
-                  "ffn_dim": 40},
-        "data": {"path": data},
-        "attention": {"num_levels": 3, "pooling_factor": 3, "topk": 24, "num_strata": 8},
-        "dense_layers": [0],
-        "optim": {"warmup_steps": 3, "lr": 3e-3},
-        "parallel": {"dp": dp, "cp": cp},
-        "stages": [{"mode": "lighthouse", "steps": 10}, {"mode": "dense", "steps": 10}],
-        "eval": {"sequences": 2},
-    }  # fmt: skip
-    return RunConfig.model_validate(values | changes).resolve(dp * cp)
-
-
-def make_trainer(config: RunConfig) -> Trainer:
-    device = torch.device("cpu")
-    return Trainer(config, Mesh.build(config.parallel, device), device)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def gradients_of(config: RunConfig, mode: str, rank: int) -> tuple[float, dict[str, Tensor]]:
@@ -71,11 +36,6 @@ def curve_of(config: RunConfig, rank: int) -> tuple[list[tuple[float, float]], f
     trainer = make_trainer(config)
     steps = [trainer.train_step(step) for step in range(config.total_steps)]
     return steps, trainer.held_out("dense")
-
-
-def largest_error(values: dict[str, Tensor], references: dict[str, Tensor]) -> float:
-    assert values.keys() == references.keys()
-    return max(float((values[n] - references[n]).norm() / references[n].norm()) for n in references)
 
 
 @pytest.mark.parametrize("mode", ["lighthouse", "dense"])

@@ -42,7 +42,7 @@ def lhcp_command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProce
     [
         (["optim.lr=-1"], "optim.lr: given -1, must be greater than 0"),
         (["dtype=half", "seed=-1"], "seed: given -1, must be at least 0\n       dtype: given 'half', must be "),
-        (["attention.num_strata=2"], "num_strata 2 does not divide evenly over the 4 chunks of the "),
+        (["attention.num_strata=2"], "num_strata 2 is not legal: it does not divide evenly over the 4 chunks of the "),
         (["parallel.dp=3"], "global_batch_size 1 is not a multiple of dp 3 x micro_batch_size 1; nearest legal: 3"),
         (["optim.lr"], "override 'optim.lr': must be KEY=VALUE, such as optim.lr=0.001"),
     ],

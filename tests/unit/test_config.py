@@ -84,27 +84,36 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "heads": (["model.num_kv_heads=3"], ["num_kv_heads 3 does not divide num_heads 2; valid: [1, 2]"]),
     "long value": (["dtype=" + "x" * 500], ["dtype: given 'xxx", "..., must be 'float32' or"]),
     # Several sections at once, checked by resolve.
-    "topk and strata": (["attention.num_strata=7"], ["num_strata 7 is not legal (it does not divide topk 192)"]),
+    "topk and strata": (
+        ["attention.num_strata=7"],
+        ["num_strata 7 is not legal: it does not divide topk 192; valid: [4, 8, 16, 32, 64]"],
+    ),
     "stratum too short": (
         ["attention.num_strata=64", "seq_len=3200"],
-        ["num_strata 64 is not legal (a stratum of 50 tokens is not a multiple of 16); valid: [1, 2, 4, 8]"],
+        ["num_strata 64 is not legal: a stratum of 50 tokens is not a multiple of 16; valid: [4, 8]"],
     ),
-    "budget of one": (["attention.num_strata=192"], ["num_strata 192 is not legal (", "; valid: [1, 2, 4, "]),
+    "budget of one": (["attention.num_strata=192"], ["num_strata 192 is not legal: ", "; valid: [4, 8, "]),
     "strata and cp": (
         ["attention.num_strata=2"],
-        ["num_strata 2 does not divide evenly over the 4 chunks of the context-parallel layout", "valid: [4, 8, "],
+        [
+            "num_strata 2 is not legal: it does not divide evenly over the 4 chunks of the context-parallel layout",
+            "valid: [4, 8, ",
+        ],
     ),
-    "no legal strata": (["attention.topk=1024"], ["no num_strata is legal for seq_len 8192, topk 1024"]),
+    "no legal strata": (["attention.topk=1024"], ["topk 1024 exceeds the 512 coarsest entries of seq_len 8192"]),
     "no strata to derive": (
         ["attention.num_strata=", "attention.topk=190"],
-        ["no multiple of 2 x max_cp = 16 is a legal num_strata", "set num_strata to one of [1, 2]"],
+        ["no multiple of 2 x max_cp = 16 is legal for seq_len 8192 and topk 190 over 4 chunk(s); none is valid here"],
     ),
     "seq_len and windows": (
         ["seq_len=8200"],
-        ["seq_len 8200 is not a multiple of pooling_factor^(num_levels-1) = 16; nearest legal: 8192 or 8208"],
+        [
+            "seq_len 8200 is not a multiple of pooling_factor^(num_levels-1) = 16 tokens in each of 4 "
+            "chunk(s); nearest legal: 8192 or 8256"
+        ],
     ),
     "seq_len and chunks": (
-        ["seq_len=8190"],
+        ["seq_len=8190", "stages=[{mode: dense, steps: 1}]"],
         ["seq_len 8190 is not a multiple of the 4 chunks of parallel.cp 2 (zigzag); nearest legal: 8188 or 8192"],
     ),
     "batch": (
@@ -113,7 +122,13 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "processes": (["parallel.dp=2"], ["parallel.dp 2 x parallel.cp 2 does not match 2 process(es); start 4,"]),
     "cp and processes": (["parallel.cp=3"], ["parallel.cp 3 does not match 2 process(es); start a multiple of 3,"]),
-    "layer outside": (["dense_layers=[0, 4, -1]"], ["dense_layers [4, -1]: the model's layers are 0 to 3"]),
+    "backend and device": (
+        ["parallel.block_backend=cudnn", "device=cpu"],
+        ["parallel.block_backend cudnn does not take dtype float32 on device cpu; use auto or math"],
+    ),
+    "seed too large": (["seed=9223372036854775808"], ["seed: given 9223372036854775808, must be less than"]),
+    "true as a number": (["seq_len=true"], ["seq_len: given True, must be a whole number"]),
+    "layer outside": (["dense_layers=[0, 4, 5]"], ["dense_layers [4, 5]: the model's layers are 0 to 3"]),
 }
 
 
@@ -219,8 +234,11 @@ def test_merge_keys_are_not_duplicates(smallest: Path) -> None:
 def test_saved_configuration_loads_equal(smallest: Path, tmp_path: Path) -> None:
     config = config_file.load(smallest, ["optim.eps=1e-12", "output_dir='5'", "dense_layers=[0, 3]"])
     for each in (config, config.resolve(2)):
+        (tmp_path / "saved.yaml").unlink(missing_ok=True)
         config_file.save(each, tmp_path / "saved.yaml")
         assert config_file.load(tmp_path / "saved.yaml") == each
+    with pytest.raises(FileExistsError):
+        config_file.save(config, tmp_path / "saved.yaml")
 
 
 def test_example_loads() -> None:
@@ -228,7 +246,7 @@ def test_example_loads() -> None:
     assert (config.parallel.cp, config.parallel.dp, config.seq_len, config.device) == (2, 1, 8192, "cpu")
     assert (config.attention.num_levels, config.attention.pooling_factor) == (3, 4)
     assert (config.attention.topk, config.attention.strata) == (192, 8)
-    assert [(stage.mode, stage.steps) for stage in config.stages] == [("lighthouse", 200), ("dense", 60)]
+    assert [(stage.mode, stage.steps) for stage in config.stages] == [("lighthouse", 130), ("dense", 60)]
 
 
 def test_example_explains_every_key() -> None:

@@ -184,14 +184,15 @@ def test_plot_without_matplotlib(
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot_loss(tmp_path) is None
-    assert capsys.readouterr().out == "no loss.png: it needs matplotlib (pip install 'lhcp[plot]')\n"
+    assert capsys.readouterr().out == "no loss.png: it needs matplotlib (pip install matplotlib)\n"
 
 
 def test_smoothing() -> None:
-    assert _smoothed([4, 1, 2, 3], 0) == [4, 1, 2, 3]
-    assert _smoothed([9, 3, 0, 3, 6], 1) == [9, 4, 2, 3, 4.5]
-    assert _smoothed([1, math.nan, 3], 1) == [1, 2, 3]
-    assert math.isnan(_smoothed([math.nan], 1)[0])
+    assert _smoothed([4, 1, 2, 3], 0, first=True) == [4, 1, 2, 3]
+    assert _smoothed([9, 3, 0, 3, 6], 1, first=True) == [9, 4, 2, 3, 4.5]
+    assert _smoothed([9, 3, 0, 3, 6], 1, first=False) == [6, 4, 2, 3, 4.5]
+    assert _smoothed([1, math.nan, 3], 1, first=True) == [1, 2, 3]
+    assert math.isnan(_smoothed([math.nan], 1, first=True)[0])
 
 
 def test_labels_do_not_overlap() -> None:

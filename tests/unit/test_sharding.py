@@ -88,5 +88,5 @@ def test_one_process_shards_nothing() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     q = torch.randn(1, 8, 4, 2)
     for k, v in [(q[:, :4], q[:, :4]), (q, q[:, :, :2]), (q[:, :, :3], q[:, :, :3])]:
-        with pytest.raises(ConfigError, match="with G dividing H"):
+        with pytest.raises(ConfigError, match="G dividing H, in one dtype"):
             ContextParallel().attend(q, k, v)

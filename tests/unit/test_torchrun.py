@@ -16,7 +16,7 @@ from lhcp.launch import torchrun
 
 def test_command() -> None:
     command = torchrun.command(Path("run.yaml"), ["optim.lr=1e-3", "seed=1"], 4)
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:3] == [sys.executable, "-m", "lhcp.agent"]
     assert "--standalone" in command
     assert "--nproc-per-node=4" in command
     assert command[-7:] == ["-m", "lhcp.train", "run.yaml", "--set", "optim.lr=1e-3", "--set", "seed=1"]
@@ -48,7 +48,7 @@ def test_run_starts_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     for rank in range(2):
         assert json.loads(Path(f"{rank}.json").read_text()) == ["2", threads, ["run.yaml", "--set", "seed=1"]]
     assert capfd.readouterr() == ("", "")
-    assert torchrun.run(Path("run.yaml"), ["fail=1"], 2) == 1
+    assert torchrun.run(Path("run.yaml"), ["fail=1"], 2) == 3
 
 
 CHILD = """\
@@ -58,6 +58,7 @@ def end(signum, frame):
     sys.exit(9)
 signal.signal(signal.SIGTERM, end)
 signal.signal(signal.SIGINT, end)
+signal.signal(signal.SIGHUP, end)
 print("ready", flush=True)
 time.sleep(30)
 """
@@ -68,7 +69,7 @@ sys.exit(torchrun._run_forwarding([sys.executable, "-c", sys.argv[1]], dict(os.e
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on(signum: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -76,6 +77,14 @@ def test_signals_are_passed_on(signum: signal.Signals) -> None:
         parent.send_signal(signum)
         assert parent.stdout.readline() == f"got {signum.value}\n"
         assert parent.wait(timeout=20) == 9
+
+
+def test_the_child_does_not_outlive_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.readline() == f"got {signal.SIGTERM.value}\n"
 
 
 def test_death_by_signal_is_an_exit_code() -> None:

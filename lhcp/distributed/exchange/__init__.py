@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName
+from lhcp.distributed.exchange.block import check_block_backend
 from lhcp.distributed.exchange.local import LocalExchange
 from lhcp.distributed.exchange.ring import RingExchange
 from lhcp.distributed.sharding import ChunkLayout
@@ -36,8 +38,9 @@ def make_exchange(
     """The exchange `name` for this rank; a local one at a degree of 1.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name of an exchange or a block backend.
     """
+    check_block_backend(backend)
     if name != "ring":
         raise ConfigError(f"exchange {name!r}: valid is 'ring'")
     if layout.world == 1:
@@ -61,5 +64,6 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         return None, *ctx.exchange.backward(grad, *ctx.saved_tensors)

@@ -33,7 +33,8 @@ class BlockBackend(Protocol):
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in tensors]
+    """[B, H, n, D] views; the fused kernels read D as contiguous without checking that it is."""
+    return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
 
 
 class MathBackend:
@@ -153,17 +154,25 @@ _BACKENDS: dict[str, BlockBackend] = {
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def check_block_backend(name: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        ConfigError: naming the valid ones.
+    """
+    if name not in (*_BACKENDS, "auto"):
+        raise ConfigError(f"block_backend {name!r}: valid are {sorted([*_BACKENDS, 'auto'])}")
+
+
 def block_backend(name: BlockBackendName, q: Tensor) -> BlockBackend:
     """The backend `name` for tensors like `q`; `auto`: cuDNN for half precision on CUDA, `cpu` on CPUs, else math.
 
     Raises:
-        ConfigError: unknown name, or a backend that cannot take q's device or dtype.
+        ConfigError: a backend that cannot take q's device or dtype.
     """
     on_cpu, half = q.device.type == "cpu", q.dtype in _HALF
     if name == "auto":
         name = "cpu" if on_cpu else "cudnn" if half else "math"
-    if name not in _BACKENDS:
-        raise ConfigError(f"block_backend {name!r}: valid are {sorted([*_BACKENDS, 'auto'])}")
     if name == "cpu" and not on_cpu:
         raise ConfigError(f"block_backend 'cpu' cannot take tensors on {q.device}; use 'auto'")
     if name in ("cudnn", "flash") and (on_cpu or not half):
