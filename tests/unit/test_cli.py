@@ -15,6 +15,7 @@ from lhcp import cli
 from lhcp.data import prepare
 from lhcp.launch import torchrun
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "configs" / "demo.yaml"
 # The entry point, where any import of torch fails.
 WITHOUT_TORCH = """\
@@ -86,6 +87,11 @@ def test_help_and_version(tmp_path: Path) -> None:
         assert command in help_.stdout
     version = lhcp_command("--version", cwd=tmp_path)
     assert (version.returncode, version.stdout) == (0, f"lhcp {lhcp.__version__}\n")
+
+
+def test_the_error_that_the_readme_shows(tmp_path: Path) -> None:
+    result = lhcp_command("train", EXAMPLE, "--set", "parallel.cp=8", cwd=tmp_path)
+    assert f"$ lhcp train launch/configs/demo.yaml --set parallel.cp=8\n{result.stderr}```" in README.read_text()
 
 
 def test_data_prepare(tmp_path: Path) -> None:

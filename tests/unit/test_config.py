@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lhcp import config_file
 from lhcp.config import ConfigError, LighthouseConfig, RunConfig, legal_num_strata
@@ -247,6 +248,19 @@ def test_example_loads() -> None:
     assert (config.attention.num_levels, config.attention.pooling_factor) == (3, 4)
     assert (config.attention.topk, config.attention.strata) == (192, 8)
     assert [(stage.mode, stage.steps) for stage in config.stages] == [("lighthouse", 130), ("dense", 60)]
+
+
+def test_example_has_every_key() -> None:
+    """But those of the model behind its preset."""
+
+    def keys(section: object, prefix: str = "") -> set[str]:
+        if not isinstance(section, dict):
+            return {prefix}
+        return set().union(*(keys(value, f"{prefix}.{key}") for key, value in section.items()))
+
+    complete = keys(config_file.load(EXAMPLE).model_dump(mode="json"))
+    given = keys(yaml.safe_load(EXAMPLE.read_text()))
+    assert {key for key in complete - given if not key.startswith(".model.")} == set()
 
 
 def test_example_explains_every_key() -> None:
