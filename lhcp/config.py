@@ -77,18 +77,20 @@ class LighthouseConfig(Section):
                 f"topk {self.topk} exceeds the {seq_len // self.coarsest_window} coarsest entries of seq_len {seq_len} "
                 f"(num_levels {self.num_levels}, pooling_factor {self.pooling_factor}); it must be at most that"
             )
-        legal = [s for s in legal_num_strata(self, seq_len) if s % num_chunks == 0]
-        advice = f"valid: {legal}" if legal else "none is valid here: topk should be a multiple of the chunks"
+        legal = legal_num_strata(self, seq_len)
+        fitting = [s for s in legal if s % num_chunks == 0]
+        advice = f"valid: {fitting}" if fitting else "none is valid here: topk should be a multiple of the chunks"
         strata = self.num_strata
         if strata is None:
+            # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
             step = 2 * self.max_cp
             strata = next((s for s in legal if s % step == 0 and s * 128 >= self.topk), None)
             if strata is None:
                 raise ConfigError(
                     f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
-                    f"topk {self.topk} over {num_chunks} chunk(s); {advice}"
+                    f"topk {self.topk}; {advice}"
                 )
-        elif strata not in legal:
+        if strata not in fitting:
             raise ConfigError(
                 f"num_strata {strata} is not legal: {self._broken_by(strata, seq_len, num_chunks)}; {advice}"
             )

@@ -104,7 +104,7 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "no legal strata": (["attention.topk=1024"], ["topk 1024 exceeds the 512 coarsest entries of seq_len 8192"]),
     "no strata to derive": (
         ["attention.num_strata=", "attention.topk=190"],
-        ["no multiple of 2 x max_cp = 16 is legal for seq_len 8192 and topk 190 over 4 chunk(s); none is valid here"],
+        ["no multiple of 2 x max_cp = 16 is legal for seq_len 8192 and topk 190; none is valid here"],
     ),
     "seq_len and windows": (
         ["seq_len=8200"],
@@ -297,3 +297,17 @@ def test_legal_num_strata_are_those_that_resolve() -> None:
 def test_stage_at(smallest: Path) -> None:
     config: RunConfig = config_file.load(smallest)
     assert [config.stage_at(step).mode for step in range(config.total_steps)] == ["lighthouse"] * 3 + ["dense"] * 2
+
+
+@pytest.mark.parametrize(("seq_len", "topk", "max_cp", "expected"), [(98_304, 1536, 8, 16), (98_304, 1536, 12, 24)])
+def test_the_default_num_strata_is_that_of_the_design(seq_len: int, topk: int, max_cp: int, expected: int) -> None:
+    config = LighthouseConfig(topk=topk, max_cp=max_cp)
+    assert {config.resolve(seq_len, chunks).num_strata for chunks in (1, 2, 4, 8)} == {expected}
+
+
+def test_the_default_num_strata_never_depends_on_the_layout() -> None:
+    """6 chunks do not divide 16 strata: an error, not another number that would select otherwise."""
+    config = LighthouseConfig(topk=1536)
+    assert config.resolve(98_304).num_strata == 16
+    with pytest.raises(ConfigError, match=r"num_strata 16 is not legal: it does not divide evenly over the 6 chunks"):
+        config.resolve(98_304, 6)
