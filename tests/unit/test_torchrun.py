@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lhcp
 from lhcp.launch import torchrun
 
 
@@ -32,8 +33,9 @@ def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_starts_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    package = tmp_path / "lhcp"  # found first, in the current directory
+    package = tmp_path / "lhcp"  # found first, and the real one for all that is not in it
     package.mkdir()
+    (package / "__init__.py").write_text(f"__path__.append({str(Path(lhcp.__file__).parent)!r})\n")
     (package / "train.py").write_text(
         "import json, os, pathlib, sys\n"
         "rank = os.environ['RANK']\n"
@@ -42,6 +44,7 @@ def test_run_starts_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
         "sys.exit(3 if rank == '1' and 'fail=1' in sys.argv else 0)\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert torchrun.run(Path("run.yaml"), ["seed=1"], 2) == 0
     threads = str(max(1, (os.cpu_count() or 1) // 2))
@@ -64,6 +67,7 @@ time.sleep(30)
 """
 PARENT = """\
 import os, sys
+import lhcp
 from lhcp.launch import torchrun
 sys.exit(torchrun._run_forwarding([sys.executable, "-c", sys.argv[1]], dict(os.environ)))
 """
