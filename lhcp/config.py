@@ -253,7 +253,9 @@ class RunConfig(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Of the initial weights and of the data order."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of weights and compute."""
+    """Of the weights, gradients and optimizer state."""
+    compute_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Of activations and matrix products. None: `dtype`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     data: DataConfig

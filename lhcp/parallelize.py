@@ -1,4 +1,4 @@
-"""Parallelism around a model that knows nothing of it: the mesh, and sums over its ranks."""
+"""Parallelism around a model that knows nothing of it: the mesh, sharded parameters, sums over ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from lhcp.config import ParallelConfig
 from lhcp.distributed import ContextParallel
+from lhcp.model.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Mesh:
     context_parallel: ContextParallel
     dp_rank: int
     dp_size: int
+    ranks: DeviceMesh
+    """All dp x cp ranks in one dimension: what parameters are sharded over."""
 
     @classmethod
     def build(cls, config: ParallelConfig, device: torch.device) -> Mesh:
@@ -27,7 +32,25 @@ class Mesh:
         assert config.dp is not None
         mesh = init_device_mesh(device.type, (config.dp, config.cp), mesh_dim_names=("dp", "cp"))
         cp = ContextParallel(mesh.get_group("cp"), config.sharding, config.exchange, config.block_backend)
-        return cls(cp, mesh.get_local_rank("dp"), config.dp)
+        ranks = init_device_mesh(device.type, (config.dp * config.cp,), mesh_dim_names=("ranks",))
+        return cls(cp, mesh.get_local_rank("dp"), config.dp, ranks)
+
+
+def shard_model(model: Llama, mesh: Mesh, compute_dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and optimizer state over all dp x cp ranks (FSDP2), in place.
+
+    Parameters keep their dtype and are cast to `compute_dtype` where they are gathered; gradients are summed over
+    ranks in the parameters' dtype. Every rank's loss is its tokens' sum over the *global* number of valid tokens,
+    so a sum, never a mean, is the gradient of the global mean, whatever the layout.
+    """
+    stored = model.output.weight.dtype
+    # Inputs are left alone: RoPE tables must not be rounded to the compute dtype.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=stored, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh.ranks, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else float32 asks for a scaled sum, which gloo has not
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -37,15 +60,6 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Replace each gradient by its sum over all dp x cp ranks (collective).
-
-    Every rank's loss is its tokens' sum over the *global* number of valid tokens, so a sum, never a mean, is the
-    gradient of the global mean, whatever the layout.
-    """
-    works = []
-    for parameter in model.parameters():
-        assert parameter.grad is not None, "every parameter takes part in every step"
-        works.append(dist.all_reduce(parameter.grad, async_op=True))
-    for work in works:
-        work.wait()
+def full(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank (collective); any other tensor as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x

@@ -26,11 +26,11 @@ from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
 from lhcp.eval.held_out import held_out_loss, no_attention
 from lhcp.flops import peak_flops, step_flops
-from lhcp.loss import IGNORE, linear_cross_entropy
+from lhcp.loss import IGNORE
 from lhcp.metrics import HELD_OUT, MetricsLogger, StepMetrics
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
-from lhcp.parallelize import Mesh, sum_gradients, sum_over_ranks
+from lhcp.parallelize import Mesh, full, shard_model, sum_over_ranks
 from lhcp.plot import plot_loss
 
 
@@ -59,6 +59,7 @@ class Trainer:
         )
         self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
         self.model.init_weights(config.seed)
+        shard_model(self.model, mesh, getattr(torch, config.compute_dtype or config.dtype))
         self.optimizer = make_optimizer(self.model, config.optim)
 
     def attention(self, mode: StageMode) -> LayerAttention:
@@ -67,20 +68,18 @@ class Trainer:
         return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers))
 
     def gradients(self, step: int, attention: AttentionFunction) -> Tensor:
-        """Leave the gradients of `step`'s global mean loss in the parameters, on every rank; return that loss."""
+        """Leave the gradients of `step`'s global mean loss in the parameters; return that loss, on every rank."""
         batches = [
             (torch.from_numpy(tokens).to(self.device), torch.from_numpy(labels).to(self.device))
             for tokens, labels in self.loader.micro_batches(step)
         ]
         valid = sum_over_ranks(torch.stack([(labels != IGNORE).sum() for _, labels in batches]).sum())
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device, dtype=self.model.output.weight.dtype)
+        total = torch.zeros((), device=self.device, dtype=getattr(torch, self.config.dtype))
         for tokens, labels in batches:
-            hidden = self.model(tokens, self.positions, attention)
-            loss = linear_cross_entropy(hidden, self.model.output.weight, labels) / valid
+            loss = self.model(tokens, labels, self.positions, attention) / valid
             loss.backward()
             total += loss.detach()
-        sum_gradients(self.model)
         return sum_over_ranks(total)
 
     def train_step(self, step: int) -> tuple[float, float]:
@@ -95,7 +94,7 @@ class Trainer:
             )
         set_learning_rate(self.optimizer, learning_rate(optim, step))
         self.optimizer.step()
-        return float(loss), float(norm)
+        return float(loss), float(full(norm))
 
     def held_out(self, mode: EvalMode) -> float:
         """Held-out loss, nats per token."""

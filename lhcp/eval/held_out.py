@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lhcp.data import TokenDataset, held_out_batches
-from lhcp.loss import linear_cross_entropy
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.parallelize import Mesh, sum_over_ranks
 
@@ -37,6 +36,5 @@ def held_out_loss(
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
     ):
-        hidden = model(torch.from_numpy(tokens).to(device), positions, attention)
-        total += linear_cross_entropy(hidden, model.output.weight, torch.from_numpy(labels).to(device))
+        total += model(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device), positions, attention)
     return float(sum_over_ranks(total)) / (num_sequences * seq_len)

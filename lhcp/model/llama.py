@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lhcp.config import ModelConfig
+from lhcp.loss import linear_cross_entropy
 from lhcp.model.rope import apply_rope, rope_tables
 
 AttentionFunction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -72,7 +73,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens to final hidden states; the loss multiplies them by `output` in chunks."""
+    """Tokens and labels to the summed loss: inside `forward`, so that sharded parameters are gathered for all of it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -82,7 +83,14 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BN: Tensor, positions_N: Tensor, attention: AttentionFunction) -> Tensor:
+    def forward(
+        self, tokens_BN: Tensor, labels_BN: Tensor, positions_N: Tensor, attention: AttentionFunction
+    ) -> Tensor:
+        """Sum of the cross-entropies in nats, a scalar; labels are int64, `loss.IGNORE` where none counts."""
+        hidden_BNE = self.hidden(tokens_BN, positions_N, attention)
+        return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN)
+
+    def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: AttentionFunction) -> Tensor:
         """Normalised final hidden states, [B, N, E].
 
         Args:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lhcp.attention import Selection, lighthouse_attention, select
 from lhcp.config import RunConfig
 from lhcp.distributed import ContextParallel
+from lhcp.parallelize import full
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
 
@@ -29,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gradients_of(config: RunConfig, mode: str, rank: int) -> tuple[float, dict[str, Tensor]]:
     trainer = make_trainer(config)
     loss = trainer.gradients(0, trainer.attention(mode))
-    return float(loss), {name: p.grad for name, p in trainer.model.named_parameters()}
+    return float(loss), {name: full(p.grad) for name, p in trainer.model.named_parameters()}
 
 
 def curve_of(config: RunConfig, rank: int) -> tuple[list[tuple[float, float]], float]:
@@ -104,7 +105,7 @@ def recorded_gradients(
     attention = Recorded(config, cp, replay)
     trainer.gradients(0, attention)
     seen = [cp.unshard(s) if cp.size > 1 else s for s in attention.seen]
-    return {name: p.grad for name, p in trainer.model.named_parameters()}, seen
+    return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, seen
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])

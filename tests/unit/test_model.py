@@ -69,11 +69,11 @@ def test_no_output_depends_on_a_later_token() -> None:
     model = Llama(SMALL).double()
     model.init_weights(0)
     tokens = torch.randint(0, 61, (1, 20))
-    hidden = model(tokens, torch.arange(20), dense)
+    hidden = model.hidden(tokens, torch.arange(20), dense)
     for t in range(19):
         changed = tokens.clone()
         changed[:, t + 1 :] = (changed[:, t + 1 :] + 1) % 61
-        again = model(changed, torch.arange(20), dense)
+        again = model.hidden(changed, torch.arange(20), dense)
         torch.testing.assert_close(again[:, : t + 1], hidden[:, : t + 1], rtol=1e-12, atol=1e-14)
         assert not torch.allclose(again[:, t + 1 :], hidden[:, t + 1 :])
 
