@@ -16,6 +16,7 @@ Sharding = Literal["zigzag", "contiguous"]
 ExchangeName = Literal["ring"]
 BlockBackendName = Literal["auto", "math", "cpu", "cudnn", "flash"]
 StageMode = Literal["lighthouse", "dense"]
+RecomputeMode = Literal["none", "selective", "full"]
 EvalMode = Literal["dense", "lighthouse", "no_attention"]
 
 
@@ -228,6 +229,13 @@ class StageConfig(Section):
     steps: PositiveInt
 
 
+class MemoryConfig(Section):
+    """What is kept for backward."""
+
+    recompute: RecomputeMode = "none"
+    """`selective`: the feed-forward halves of layers run again in backward; `full`: whole layers, attention too."""
+
+
 class EvalConfig(Section):
     """Held-out loss during training."""
 
@@ -265,6 +273,7 @@ class RunConfig(Section):
     """Layers that stay dense in a Lighthouse stage."""
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     eval: EvalConfig = EvalConfig()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from lhcp.config import ParallelConfig
+from lhcp.attention.tape import checkpoint_contexts
+from lhcp.config import ParallelConfig, RecomputeMode
 from lhcp.distributed import ContextParallel
-from lhcp.model.llama import Llama
+from lhcp.model.llama import Block, Llama
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,20 @@ class Mesh:
         cp = ContextParallel(mesh.get_group("cp"), config.sharding, config.exchange, config.block_backend)
         ranks = init_device_mesh(device.type, (config.dp * config.cp,), mesh_dim_names=("ranks",))
         return cls(cp, mesh.get_local_rank("dp"), config.dp, ranks)
+
+
+def recompute(model: Llama, mode: RecomputeMode) -> None:
+    """Activation checkpointing, in place: drop activations in forward and compute them again in backward.
+
+    A layer that is recomputed attends with the entries that its forward pass selected.
+    """
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if mode == "full":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=checkpoint_contexts)  # type: ignore[method-assign]
+        elif mode == "selective":
+            half = block.feed_forward
+            half.forward = partial(checkpoint, half.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard_model(model: Llama, mesh: Mesh, compute_dtype: torch.dtype) -> None:

@@ -30,7 +30,7 @@ from lhcp.loss import IGNORE
 from lhcp.metrics import HELD_OUT, MetricsLogger, StepMetrics
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
-from lhcp.parallelize import Mesh, full, shard_model, sum_over_ranks
+from lhcp.parallelize import Mesh, full, recompute, shard_model, sum_over_ranks
 from lhcp.plot import plot_loss
 
 
@@ -59,6 +59,7 @@ class Trainer:
         )
         self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
         self.model.init_weights(config.seed)
+        recompute(self.model, config.memory.recompute)
         shard_model(self.model, mesh, getattr(torch, config.compute_dtype or config.dtype))
         self.optimizer = make_optimizer(self.model, config.optim)
 

@@ -20,6 +20,7 @@ from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
 from lhcp.eval.held_out import no_attention
 from lhcp.model.llama import Llama
+from lhcp.parallelize import full
 from lhcp.presets import MODEL_PRESETS
 
 Weights = dict[str, Tensor]
@@ -94,9 +95,9 @@ STEPS = 4
 
 def run(config: RunConfig, rank: int) -> tuple[Weights, list[tuple[float, float]], Weights, float]:
     trainer = make_trainer(config)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    before = {name: full(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     steps = [trainer.train_step(step) for step in range(STEPS)]
-    after = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    after = {name: full(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     return before, steps, after, trainer.held_out("dense")
 
 
@@ -156,11 +157,11 @@ def test_divergence_stops_before_the_weights_are_lost(data: Path) -> None:
     def diverge(rank: int) -> tuple[str, bool]:
         trainer = make_trainer(make_config(data, 1, 2, optim={"lr": 1e200, "warmup_steps": 0}))
         trainer.train_step(0)
-        kept = [p.detach().clone() for p in trainer.model.parameters()]
+        kept = [full(p.detach()).clone() for p in trainer.model.parameters()]
         try:
             trainer.train_step(1)
         except FloatingPointError as error:
-            same = all(torch.equal(a, b) for a, b in zip(kept, trainer.model.parameters(), strict=True))
+            same = all(torch.equal(a, full(b)) for a, b in zip(kept, trainer.model.parameters(), strict=True))
             return str(error), same
         return "", False
 

@@ -1,0 +1,66 @@
+"""Selections that a recomputed forward pass uses again, instead of selecting anew.
+
+Under activation checkpointing a layer runs twice. Selecting twice would cost time and, where rounding differs
+between the two runs, could choose other entries: gradients of something that was never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+from lhcp.attention.selection import Selection
+
+
+class SelectionTape:
+    """The selections of one checkpointed region, in the order of its forward pass."""
+
+    def __init__(self) -> None:
+        self._selections: list[Selection] = []
+        self._replayed: int | None = None
+
+    def next(self, make: Callable[[], Selection]) -> Selection:
+        """The next selection: made and kept in the forward pass, kept ones again in the recomputation."""
+        if self._replayed is None:
+            self._selections.append(make())
+            return self._selections[-1]
+        self._replayed += 1
+        return self._selections[self._replayed - 1]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the forward pass."""
+        with _active(self):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around the recomputation."""
+        self._replayed = 0
+        with _active(self):
+            yield
+
+
+_tape: ContextVar[SelectionTape | None] = ContextVar("_tape", default=None)
+
+
+@contextmanager
+def _active(tape: SelectionTape) -> Iterator[None]:
+    token = _tape.set(tape)
+    try:
+        yield
+    finally:
+        _tape.reset(token)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of `torch.utils.checkpoint.checkpoint`: a new tape, recording and replaying."""
+    tape = SelectionTape()
+    return tape.recording(), tape.replaying()
+
+
+def taped(make: Callable[[], Selection]) -> Selection:
+    """`make()`, or the active tape's next selection."""
+    tape = _tape.get()
+    return make() if tape is None else tape.next(make)

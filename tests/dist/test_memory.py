@@ -1,0 +1,93 @@
+"""Sharded parameters, mixed precision, and recomputation: what is held, what is rounded, what runs twice."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import largest_error, make_config, make_trainer, write_data
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lhcp.attention import Selection, layers
+from lhcp.config import RunConfig
+from lhcp.parallelize import full
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def bytes_held(config: RunConfig, rank: int) -> tuple[int, int, bool]:
+    """Bytes of parameters, gradients and optimizer state here and in all, and whether all are DTensors."""
+    trainer = make_trainer(config)
+    trainer.train_step(0)
+    state = [x for s in trainer.optimizer.state.values() for x in (s["exp_avg"], s["exp_avg_sq"])]
+    tensors = [*trainer.model.parameters(), *(p.grad for p in trainer.model.parameters()), *state]
+    local = sum(x.to_local().nbytes for x in tensors if isinstance(x, DTensor))
+    return local, sum(x.numel() * x.element_size() for x in tensors), all(isinstance(x, DTensor) for x in tensors)
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(4, 1), (2, 2), (1, 4)])
+def test_each_rank_holds_its_share(data: Path, dp: int, cp: int) -> None:
+    """Every first dimension of this model is a multiple of 4 (vocabulary 260): shares are exactly a quarter."""
+    model = make_config(data, 1, 1).model.model_dump() | {"vocab_size": 260}
+    for local, whole, sharded in run_ranks(4, partial(bytes_held, make_config(data, dp, cp, model=model, eval={}))):
+        assert sharded
+        assert local * 4 == whole
+
+
+def gradients(config: RunConfig, rank: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a Lighthouse step, and how often a layer selected."""
+    trainer, calls = make_trainer(config), 0
+    original = layers.select
+
+    def counting(*args: object, **kwargs: object) -> Selection:
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    layers.select = counting
+    trainer.gradients(0, trainer.attention("lighthouse"))
+    return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, calls
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (1, 2), (2, 2)])
+def test_recomputation_changes_nothing_and_selects_once(data: Path, dp: int, cp: int, mode: str) -> None:
+    config = make_config(data, dp, cp)
+    ((reference, calls), *_) = run_ranks(dp * cp, partial(gradients, config))
+    recomputing = make_config(data, dp, cp, memory={"recompute": mode})
+    assert calls == 2 * 4 // dp  # layers 1 and 2, in each of this replica's passes
+    for values, recomputed_calls in run_ranks(dp * cp, partial(gradients, recomputing)):
+        assert recomputed_calls == calls
+        assert largest_error(values, reference) <= 1e-12
+
+
+def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
+    """Losses of a few steps, the dtypes of the weights, and of the rows that attention receives."""
+    trainer, seen = make_trainer(config), set()
+    original = layers.LayerAttention.__call__
+
+    def watching(self: layers.LayerAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.update((q.dtype, k.dtype, v.dtype))
+        return original(self, layer, q, k, v)
+
+    layers.LayerAttention.__call__ = watching
+    losses = [trainer.train_step(step)[0] for step in range(6)]
+    return losses, {p.dtype for p in trainer.model.parameters()}, seen
+
+
+def test_bfloat16_compute_keeps_float32_weights(data: Path) -> None:
+    plain, mixed = (
+        run_ranks(2, partial(bf16_run, make_config(data, 1, 2, dtype="float32", compute_dtype=compute)))[0]
+        for compute in (None, "bfloat16")
+    )
+    assert plain[2] == {torch.float32}
+    assert mixed[1:] == ({torch.float32}, {torch.bfloat16})
+    assert mixed[0] == pytest.approx(plain[0], rel=5e-3)
+    assert mixed[0] != plain[0]
