@@ -277,6 +277,11 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
 
     @property
+    def activation_dtype(self) -> str:
+        """`compute_dtype`, or `dtype` where it is left out."""
+        return self.compute_dtype or self.dtype
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
@@ -313,11 +318,12 @@ class RunConfig(Section):
                 f"{parallel.cp} ({parallel.sharding}); nearest legal: "
                 f"{_nearest_multiples(self.seq_len, parallel.num_chunks)}"
             )
-        backend, device = parallel.block_backend, self.device
-        if (backend == "cpu" and device == "cuda") or backend in ("cudnn", "flash"):
+        backend, device, dtype = parallel.block_backend, self.device, self.activation_dtype
+        fused = backend in ("cudnn", "flash")
+        if (backend == "cpu" and device == "cuda") or (fused and (device == "cpu" or dtype != "bfloat16")):
             raise ConfigError(
-                f"parallel.block_backend {backend} does not take dtype {self.dtype} on device {device}; "
-                f"use auto or math"
+                f"parallel.block_backend {backend} does not take {dtype} on device {device}; use auto or math"
+                + (", or set compute_dtype: bfloat16 on a GPU" if fused else "")
             )
         outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
         if outside:

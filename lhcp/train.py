@@ -60,7 +60,7 @@ class Trainer:
         self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
         self.model.init_weights(config.seed)
         recompute(self.model, config.memory.recompute)
-        shard_model(self.model, mesh, getattr(torch, config.compute_dtype or config.dtype))
+        shard_model(self.model, mesh, getattr(torch, config.activation_dtype))
         self.optimizer = make_optimizer(self.model, config.optim)
 
     def attention(self, mode: StageMode) -> LayerAttention:
@@ -87,7 +87,7 @@ class Trainer:
         """One optimizer step (from 0): its loss, and the gradient norm before clipping."""
         optim = self.config.optim
         loss = self.gradients(step, self.attention(self.config.stage_at(step).mode))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip)
+        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip))
         if not (loss.isfinite() and norm.isfinite()):  # the same on every rank
             raise FloatingPointError(
                 f"step {step + 1}: the loss is {float(loss)} and the gradient norm {float(norm)}, so training has "
@@ -95,7 +95,7 @@ class Trainer:
             )
         set_learning_rate(self.optimizer, learning_rate(optim, step))
         self.optimizer.step()
-        return float(loss), float(full(norm))
+        return float(loss), float(norm)
 
     def held_out(self, mode: EvalMode) -> float:
         """Held-out loss, nats per token."""
@@ -106,7 +106,8 @@ class Trainer:
     def run(self, logger: MetricsLogger | None) -> None:
         """All steps of all stages; only the rank with a `logger` reports."""
         config, evaluation = self.config, self.config.eval
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        bf16_on_gpu = self.device.type == "cuda" and config.activation_dtype == "bfloat16"
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if bf16_on_gpu else None
         world = self.mesh.dp_size * self.mesh.context_parallel.size
         for step in range(config.total_steps):
             started = time.perf_counter()
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_file.load(args.config, args.overrides).resolve(env.world_size)
         check_files(config)
         device = env.device(config.device)
-        block_backend(config.parallel.block_backend, torch.empty(0, dtype=getattr(torch, config.dtype), device=device))
+        block_backend(
+            config.parallel.block_backend, torch.empty(0, dtype=getattr(torch, config.activation_dtype), device=device)
+        )
     except ConfigError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -125,7 +125,7 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "cp and processes": (["parallel.cp=3"], ["parallel.cp 3 does not match 2 process(es); start a multiple of 3,"]),
     "backend and device": (
         ["parallel.block_backend=cudnn", "device=cpu"],
-        ["parallel.block_backend cudnn does not take dtype float32 on device cpu; use auto or math"],
+        ["parallel.block_backend cudnn does not take float32 on device cpu; use auto or math"],
     ),
     "seed too large": (["seed=9223372036854775808"], ["seed: given 9223372036854775808, must be less than"]),
     "true as a number": (["seq_len=true"], ["seq_len: given True, must be a whole number"]),
