@@ -169,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return train(config, env, device)
+    except ConfigError as error:  # one rank's shard, for instance
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     except (FloatingPointError, FileExistsError) as error:
         if env.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

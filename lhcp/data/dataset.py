@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -41,6 +42,8 @@ class TokenDataset:
             expected = shard.tokens * np.dtype(TOKEN_DTYPE).itemsize
             if not file.is_file():
                 raise ConfigError(f"{file} is missing, but the dataset's index lists it; {_AGAIN}")
+            if not os.access(file, os.R_OK):
+                raise ConfigError(f"{file} cannot be read: no permission")
             if (size := file.stat().st_size) != expected:
                 raise ConfigError(f"{file} has {size} bytes, but the dataset's index says {expected}; {_AGAIN}")
 
@@ -69,6 +72,7 @@ class TokenDataset:
 
         Raises:
             IndexError: the range is not inside the split.
+            ConfigError: a shard is damaged: it holds a token that is not in the vocabulary.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) are not inside the {self.num_tokens} of {self.split}")
@@ -78,6 +82,9 @@ class TokenDataset:
         while done < len(out):
             first = start + done - (self._ends[number] - self._shards[number].tokens)
             piece = self._map(number)[first : first + len(out) - done]
+            if piece.max() >= self.vocab_size:
+                file = self.path / self._shards[number].file
+                raise ConfigError(f"{file} holds token {piece.max()}, beyond its vocabulary; {_AGAIN}")
             out[done : done + len(piece)] = piece
             done += len(piece)
             number += 1

@@ -41,6 +41,15 @@ def test_bounds(folder: Path, start: int, stop: int) -> None:
         TokenDataset(folder, "train").read(start, stop)
 
 
+def test_a_token_beyond_the_vocabulary_names_its_shard(folder: Path) -> None:
+    shard = folder / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\xff\xff")
+    dataset = TokenDataset(folder, "train")
+    dataset.read(0, 13)
+    with pytest.raises(ConfigError, match=r"train-00001\.bin holds token 65535, beyond its vocabulary"):
+        dataset.read(13, 20)
+
+
 def test_result_is_a_copy(folder: Path) -> None:
     dataset = TokenDataset(folder, "train")
     dataset.read(0, 5)[:] = -1
