@@ -32,7 +32,7 @@ class TokenDataset:
         if entry is None or not entry.shards:
             raise ConfigError(
                 f"the dataset in {path} has no {split} split; make it again with `lhcp data prepare` and a "
-                f"held_out above 0"
+                f"--held-out above 0"
             )
         self._shards = entry.shards
         self._ends = list(accumulate(shard.tokens for shard in entry.shards))

@@ -103,20 +103,20 @@ def _check_split(digests: Collection[bytes], held_out: float) -> None:
         raise ConfigError("the input files hold no text: every document is empty")
     lowest, highest = min(map(_position, digests)), max(map(_position, digests))
     if highest < held_out:
-        empty, remedy = "train", f"set held_out to {math.floor(highest * 1e6) / 1e6} or lower"
+        empty, remedy = "train", f"set --held-out to {math.floor(highest * 1e6) / 1e6} or lower"
     elif held_out and lowest >= held_out:
         empty = "held_out"
-        remedy = f"set held_out to {math.ceil(lowest * 1e6) / 1e6} or higher, or to 0 for no such split"
+        remedy = f"set --held-out to {math.ceil(lowest * 1e6) / 1e6} or higher, or to 0 for no such split"
     else:
         return
     if len(digests) == 1:
         raise ConfigError(
             f"the {empty} split is empty: there is one distinct document, and documents are not divided; "
-            f"give more (files, or lines of JSONL), or set held_out to 0 for no held-out split"
+            f"give more (files, or lines of JSONL), or set --held-out to 0 for no held-out split"
         )
     raise ConfigError(
         f"the {empty} split is empty: the hashes of the {len(digests)} distinct documents put none there "
-        f"at held_out {held_out}; add documents, or {remedy}"
+        f"at --held-out {held_out}; add documents, or {remedy}"
     )
 
 
@@ -149,7 +149,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"out {out} is a file; name a folder")
     names = {entry.name for entry in out.iterdir()}
     if names and not overwrite:
-        raise ConfigError(f"out {out} exists and is not empty; name another folder, or set overwrite to replace it")
+        raise ConfigError(f"out {out} exists and is not empty; name another folder, or replace it with --overwrite")
     others = sorted(name for name in names if name != INDEX_FILE and not SHARD_NAME.fullmatch(name))
     if names and (others or INDEX_FILE not in names):
         raise ConfigError(

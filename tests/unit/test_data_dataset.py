@@ -97,7 +97,7 @@ def test_no_dataset(tmp_path: Path) -> None:
 
 
 def test_no_such_split(folder: Path) -> None:
-    message = r"the dataset in .* has no held_out split; make it again with `lhcp data prepare` and a held_out above 0"
+    message = r"the dataset in .* has no held_out split; make it again with `lhcp data prepare` and a --held-out"
     with pytest.raises(ConfigError, match=message):
         TokenDataset(folder, "held_out")
 

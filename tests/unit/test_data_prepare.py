@@ -192,11 +192,11 @@ class TestSplit:
     @pytest.mark.parametrize(("share", "empty"), [(1e-9, "held_out"), (1 - 1e-9, "train")])
     def test_an_empty_split_names_a_share_that_works(self, tmp_path: Path, share: float, empty: str) -> None:
         source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS[:20])
-        message = f"the {empty} split is empty: the hashes of the 20 distinct documents put none there at held_out"
+        message = f"the {empty} split is empty: the hashes of the 20 distinct documents put none there at --held-out"
         with pytest.raises(ConfigError, match=message) as caught:
             prepare([source], tmp_path / "out", held_out=share)
         assert not (tmp_path / "out").exists()
-        suggested = float(str(caught.value).split("set held_out to ")[1].split(" ")[0])
+        suggested = float(str(caught.value).split("set --held-out to ")[1].split(" ")[0])
         index = prepare([source], tmp_path / "out", held_out=suggested)
         assert index.splits["train" if empty == "train" else "held_out"].documents == 1
 
@@ -204,7 +204,7 @@ class TestSplit:
     def test_one_document(self, tmp_path: Path, share: float, empty: str) -> None:
         (tmp_path / "a.txt").write_text("a")
         (tmp_path / "b.txt").write_text("a")
-        message = f"the {empty} split is empty: there is one distinct document, and .* set held_out to 0"
+        message = f"the {empty} split is empty: there is one distinct document, and .* set --held-out to 0"
         with pytest.raises(ConfigError, match=message):
             prepare([tmp_path], tmp_path / "out", held_out=share)
 
@@ -251,7 +251,7 @@ class TestOutput:
         out = tmp_path / "deep" / "out"
         prepare([source], out)
         before = read_index(out)
-        with pytest.raises(ConfigError, match=r"out .*/out exists and is not empty; .* set overwrite to replace it"):
+        with pytest.raises(ConfigError, match=r"out .*/out exists and is not empty; .* replace it with --overwrite"):
             prepare([source], out, held_out=0.5)
         assert read_index(out) == before
         after = prepare([source], out, held_out=0.5, overwrite=True)
