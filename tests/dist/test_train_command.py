@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lhcp.data import prepare
+from runs import write_data
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,9 +26,9 @@ def lhcp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps of a small model in float64, on this project's own sources."""
+    """Four steps of a small model in float64."""
     folder = tmp_path_factory.mktemp("train")
-    prepare([REPOSITORY / "lhcp" / "data"], folder / "tokens", held_out=0.3)
+    tokens = write_data(folder)
     values: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "seq_len": 512,
@@ -36,7 +36,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dtype": "float64",
         "device": "cpu",
         "model": {"preset": "tiny", "num_layers": 2, "dim": 32, "head_dim": 8, "ffn_dim": 48},
-        "data": {"path": str(folder / "tokens")},
+        "data": {"path": str(tokens)},
         "attention": {"topk": 16, "num_strata": 4},
         "dense_layers": [0],
         "parallel": {"cp": 2},
@@ -74,13 +74,12 @@ def test_one_and_two_processes_leave_the_same_run(config: Path) -> None:
 
 def test_the_demo_at_one_and_two_processes(tmp_path: Path) -> None:
     """The demo's own configuration, shortened: the loss curve of one process, across the stage switch."""
-    tokens = tmp_path / "tokens"
-    prepare([REPOSITORY / "lhcp", REPOSITORY / "kernels"], tokens, held_out=0.3)
+    tokens = write_data(tmp_path)
     curves = {}
     for cp in (1, 2):
         shorter = [
             f"data.path={tokens}", f"output_dir={tmp_path / str(cp)}", f"parallel.cp={cp}", "dtype=float64",
-            "seq_len=2048", "attention.topk=48", "stages.0.steps=6", "stages.1.steps=2", "eval.sequences=1",
+            "seq_len=1024", "attention.topk=24", "stages.0.steps=6", "stages.1.steps=2", "eval.sequences=1",
             "optim.warmup_steps=2",
         ]  # fmt: skip
         demo = REPOSITORY / "launch" / "configs" / "demo.yaml"
