@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 from lhcp.attention.selection import Selection
 
@@ -23,8 +24,10 @@ class SelectionTape:
     def next(self, make: Callable[[], Selection]) -> Selection:
         """The next selection: made and kept in the forward pass, kept ones again in the recomputation."""
         if self._replayed is None:
-            self._selections.append(make())
-            return self._selections[-1]
+            selection = make()
+            # A copy without what `selection` derives and caches from its entries: those alone are kept for backward.
+            self._selections.append(replace(selection))
+            return selection
         self._replayed += 1
         return self._selections[self._replayed - 1]
 

@@ -12,8 +12,10 @@ from runs import largest_error, make_config, make_trainer, write_data
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lhcp.attention import Selection, layers
+from lhcp.attention import Selection, layers, select_from_scores
+from lhcp.attention.tape import SelectionTape
 from lhcp.config import RunConfig
+from lhcp.model import llama
 from lhcp.parallelize import full
 
 
@@ -68,10 +70,16 @@ def test_recomputation_changes_nothing_and_selects_once(data: Path, dp: int, cp:
         assert largest_error(values, reference) <= 1e-12
 
 
-def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype], set[torch.dtype]]:
-    """Losses of a few steps, the dtypes of the weights, and of the rows that attention receives."""
-    trainer, seen = make_trainer(config), set()
-    original = layers.LayerAttention.__call__
+def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
+    """Losses of a few steps, the dtypes of the weights, of the rows that attention receives, and of RoPE's tables."""
+    trainer, seen, tables = make_trainer(config), set(), set()
+    original, rope = layers.LayerAttention.__call__, llama.apply_rope
+
+    def watching_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        tables.update((cos.dtype, sin.dtype))
+        return rope(x, cos, sin)
+
+    llama.apply_rope = watching_rope
 
     def watching(self: layers.LayerAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.update((q.dtype, k.dtype, v.dtype))
@@ -79,7 +87,7 @@ def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype
 
     layers.LayerAttention.__call__ = watching
     losses = [trainer.train_step(step)[0] for step in range(6)]
-    return losses, {p.dtype for p in trainer.model.parameters()}, seen
+    return losses, {p.dtype for p in trainer.model.parameters()}, seen, tables
 
 
 def test_bfloat16_compute_keeps_float32_weights(data: Path) -> None:
@@ -87,7 +95,21 @@ def test_bfloat16_compute_keeps_float32_weights(data: Path) -> None:
         run_ranks(2, partial(bf16_run, make_config(data, 1, 2, dtype="float32", compute_dtype=compute)))[0]
         for compute in (None, "bfloat16")
     )
-    assert plain[2] == {torch.float32}
-    assert mixed[1:] == ({torch.float32}, {torch.bfloat16})
+    assert plain[1:] == ({torch.float32}, {torch.float32}, {torch.float32})
+    assert mixed[1:] == ({torch.float32}, {torch.bfloat16}, {torch.float32})
     assert mixed[0] == pytest.approx(plain[0], rel=5e-3)
     assert mixed[0] != plain[0]
+
+
+def test_a_tape_keeps_entries_alone_and_replays_them_in_order() -> None:
+    config = make_config(Path("unused"), 1, 1).attention
+    made = [select_from_scores(torch.rand(1, 2, 360), torch.rand(1, 2, 360), config) for _ in range(2)]
+    tape = SelectionTape()
+    for selection in made:
+        assert tape.next(lambda selection=selection: selection) is selection
+        assert selection.inverse.shape[-1] > 360  # derived and cached, as attention does
+    with tape.replaying():
+        for selection in made:
+            again = tape.next(lambda: pytest.fail("selected again"))
+            assert torch.equal(again.entries, selection.entries)
+            assert vars(again).keys() == {"entries", "config", "seq_len", "chunks", "num_chunks"}
