@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
-def command(config_path: Path, overrides: Sequence[str], nproc: int) -> list[str]:
+def command(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence[str] = ()) -> list[str]:
     """The command line that trains `config_path` in `nproc` processes of this machine.
 
     `--standalone` makes torchrun pick a free port, so runs can share a machine.
     """
     torchrun = [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}"]
     sets = [word for override in overrides for word in ("--set", override)]
-    return [*torchrun, "-m", "lhcp.train", str(config_path), *sets]
+    return [*torchrun, "-m", "lhcp.train", str(config_path), *sets, *flags]
 
 
 def environment(nproc: int) -> dict[str, str]:
@@ -31,10 +31,10 @@ def environment(nproc: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores // nproc)), **os.environ}
 
 
-def run(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
+def run(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence[str] = ()) -> int:
     """Train `config_path` in `nproc` processes and wait for them.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to torchrun, which passes them on to the processes. Call it from the main
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to torchrun, which passes them on to the processes. Call it from the main
     thread: only there can signals be handled.
 
     Returns:
@@ -43,7 +43,7 @@ def run(config_path: Path, overrides: Sequence[str], nproc: int) -> int:
     Raises:
         OSError: when the interpreter cannot be started.
     """
-    return _run_forwarding(command(config_path, overrides, nproc), environment(nproc))
+    return _run_forwarding(command(config_path, overrides, nproc, flags), environment(nproc))
 
 
 def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:

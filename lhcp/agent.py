@@ -1,27 +1,42 @@
 """torchrun, but quiet about its own internals and with the exit code of the rank that failed first.
 
 `python -m lhcp.agent TORCHRUN-ARGUMENTS`, started by `lhcp.launch.torchrun`. torchrun itself ends with 1 whatever a
-rank's code was, under forty lines of its own traceback, when the rank has said already what was wrong.
+rank's code was, under forty lines of its own traceback, when the rank has said already what was wrong. Told to stop by
+SIGTERM it gives the ranks 30 seconds before it kills them, and SIGUSR1 kills it at once; this passes both on and waits
+for the ranks, which save and end (see `lhcp.stop`).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from lhcp.stop import EXIT_FORCED, EXIT_STOPPED, SIGNALS
+
+# Exit codes of ranks that have said why.
+TOLD = (2, EXIT_STOPPED, EXIT_FORCED)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run until all ranks have ended: 0, or the code of the first that failed; 128 + n for signal n."""
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    for number in SIGNALS:
+        signal.signal(number, _pass_on)
     try:
         run.run(run.get_args_parser().parse_args(list(arguments)))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if code != 2:
+        if code not in TOLD:
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
         return code if code >= 0 else 128 - code
@@ -29,6 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval
     return 0
+
+
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Signal every process that this one has started."""
+    for thread in Path("/proc/self/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
+from lhcp.checkpoint.compare import check_meaning
+from lhcp.checkpoint.manifest import DataEntry
+from lhcp.checkpoint.resume import LAST, first_readable
 from lhcp.config import ConfigError, RunConfig
 from lhcp.data import SplitName, TokenDataset
 from lhcp.metrics import EVENTS_FILE, METRICS_FILE
@@ -13,19 +17,40 @@ CONFIG_FILE = "config.yaml"
 """The resolved configuration in a run folder."""
 
 
-def check_files(config: RunConfig) -> None:
-    """Check the data and the run folder.
+def check_files(config: RunConfig, resume: str | None = None, allowed: Collection[str] = ()) -> None:
+    """Check the data, the run folder, and the checkpoint to go on from, as far as its manifest tells.
+
+    Args:
+        config: resolved.
+        resume: which checkpoint, see `lhcp.checkpoint.resume.candidates`; None: a new run.
+        allowed: see `lhcp.checkpoint.compare.check_meaning`.
 
     Raises:
-        ConfigError: no data, too little of it, tokens the model cannot hold, or a run folder in use.
+        ConfigError: no data, too little of it, tokens the model cannot hold, a run folder in use, or a checkpoint that
+            is missing, damaged or of another configuration.
     """
     _check_split(config, "train", 1)
     if config.eval.sequences:
         _check_split(config, "held_out", config.eval.sequences)
     _check_writable(config.output_dir)
-    for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE):
-        if (config.output_dir / name).exists():
-            raise ConfigError(f"output_dir {config.output_dir} already holds a run; choose another folder")
+    if resume is not None:
+        if checkpoint := first_readable(config.output_dir, resume):
+            check_meaning(checkpoint, config, data_entry(config), allowed)
+    elif any((config.output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE)):
+        raise ConfigError(
+            f"output_dir {config.output_dir} already holds a run; go on with it by --resume {LAST}, or choose another "
+            f"folder"
+        )
+
+
+def data_entry(config: RunConfig) -> DataEntry:
+    """The dataset that a run trains on, as a checkpoint names it.
+
+    Raises:
+        ConfigError: there is none, or its index is damaged.
+    """
+    dataset = TokenDataset(config.data.path, "train")
+    return DataEntry(fingerprint=dataset.fingerprint, tokenizer=dataset.index.tokenizer, vocab_size=dataset.vocab_size)
 
 
 def _check_writable(folder: Path) -> None:

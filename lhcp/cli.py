@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +17,7 @@ from lhcp.config import ConfigError
 from lhcp.launch import torchrun
 
 if TYPE_CHECKING:
+    from lhcp.checkpoint.manifest import Checkpoint
     from lhcp.data import DatasetIndex
 
 Overrides = Annotated[
@@ -61,12 +64,42 @@ def _options(
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHICH",
+            help="Go on with the run in output_dir: last, its newest checkpoint; last-good, its newest whole one; or "
+            "the number of steps of one. From the beginning when it has none.",
+        ),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Resume although this key, part of what the model computes, has changed."),
+    ] = None,
 ) -> None:
     """Train on this machine, one process per rank (parallel.dp x parallel.cp)."""
     run = config_file.load(config, overrides or ())
     nproc = (run.parallel.dp or 1) * run.parallel.cp
-    check_files(run.resolve(nproc))  # a wrong value ends here, before any process starts
-    raise typer.Exit(torchrun.run(config, overrides or (), nproc))
+    allowed = allow_change or []
+    check_files(run.resolve(nproc), resume, allowed)  # a wrong value ends here, before any process starts
+    flags = [] if resume is None else ["--resume", resume]
+    flags += [word for key in allowed for word in ("--allow-change", key)]
+    raise typer.Exit(torchrun.run(config, overrides or (), nproc, flags))
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run folder: the output_dir of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say how far a run is: its step, loss, speed, time left and last checkpoint."""
+    from lhcp.status import read_status, show
+
+    found = read_status(run, time.time())
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        show(found)
 
 
 @data_app.command()
@@ -86,6 +119,17 @@ def prepare(
     _print_summary(out, index)
 
 
+@data_app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Folder written by `lhcp data prepare`.")]) -> None:
+    """Compare every byte of a dataset with its checksums."""
+    from lhcp import data
+
+    data.verify_shards(folder)
+    splits = data.read_index(folder).splits.values()
+    shards, tokens = sum(len(split.shards) for split in splits), sum(split.tokens for split in splits)
+    print(f"{folder} is whole: {shards:,} shard(s), {tokens:,} tokens")
+
+
 def _print_summary(out: Path, index: DatasetIndex) -> None:
     read = index.sources
     print(f"{out}: {index.tokenizer} tokenizer, vocabulary of {index.vocab_size:,}")
@@ -96,6 +140,64 @@ def _print_summary(out: Path, index: DatasetIndex) -> None:
     for name, split in index.splits.items():
         label = name.replace("_", " ")
         print(f"  {label:8}  {split.tokens:,} tokens, {split.documents:,} documents")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Steps of the checkpoint, if not the newest of the run.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights, if not as they were saved.")
+    ] = None,
+) -> None:
+    """Write a run's model as a Hugging Face Llama, for transformers and whatever else reads those."""
+    checkpoint = _find_checkpoint(run, step)
+    from lhcp.hf.export import export_model
+
+    done = export_model(checkpoint, to, dtype)
+    manifest = checkpoint.manifest
+    print(
+        f"{to}: Llama of {done.parameters:,} parameters for up to {manifest.seq_len:,} tokens, step {manifest.step:,}"
+    )
+    print(f"  weights    {done.dtype}, {done.files:,} file(s), {done.weight_bytes / 1e9:,.3f} GB")
+    print(f"  tokenizer  {'byte-level' if done.has_tokenizer else 'none: the checkpoint does not say which'}")
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="A Hugging Face Llama: config.json and safetensors files.")],
+    to: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+) -> None:
+    """Make a checkpoint that runs can start from out of a Hugging Face Llama."""
+    import yaml
+
+    from lhcp.checkpoint.index import read_index
+    from lhcp.hf.importer import import_model
+
+    checkpoint = import_model(hf_dir, to)
+    manifest, tensors = checkpoint.manifest, read_index(checkpoint).values()
+    parameters, dtypes = sum(prod(tensor.shape) for tensor in tensors), sorted({tensor.dtype for tensor in tensors})
+    written = sum(file.bytes for file in manifest.files.values())
+    print(f"{to}: Llama of {parameters:,} parameters for up to {manifest.seq_len:,} tokens")
+    print(f"  weights    {' and '.join(dtypes)}, {written / 1e9:,.3f} GB")
+    print("  tokenizer  not imported: a run trains on what `lhcp data prepare` wrote")
+    print("\nA run starts from it with these lines in its file:\n")
+    print(yaml.safe_dump({"model": {"init_from": str(to)}}, allow_unicode=True), end="")
+
+
+def _find_checkpoint(run: Path, step: int | None) -> Checkpoint:
+    """The newest checkpoint in a run folder, or that after `step` steps; or the one in the folder `run` itself."""
+    from lhcp.checkpoint.folder import published, step_folder
+    from lhcp.checkpoint.manifest import Checkpoint
+
+    steps = published(run)
+    if step is None:
+        return Checkpoint.open(step_folder(run, steps[-1]) if steps else run)
+    if step not in steps:
+        valid = ", ".join(map(str, steps)) or "none, it is no run folder with checkpoints"
+        raise ConfigError(f"{run} has no checkpoint after {step} steps; valid: {valid}")
+    return Checkpoint.open(step_folder(run, step))
 
 
 @app.command()

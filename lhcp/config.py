@@ -139,6 +139,38 @@ def _nearest_multiples(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else str(step)
 
 
+class LinearRopeScaling(Section):
+    """Positions divided by `factor` (arXiv:2306.15595)."""
+
+    type: Literal["linear"] = "linear"
+    factor: Annotated[float, Field(ge=1)]
+
+
+class Llama3RopeScaling(Section):
+    """Llama 3.1's: waves that are long for the original context are stretched by `factor`, short ones stay."""
+
+    type: Literal["llama3"] = "llama3"
+    factor: Annotated[float, Field(ge=1)]
+    low_freq_factor: Annotated[float, Field(gt=0)]
+    """Waves of more than original_max_position_embeddings / low_freq_factor tokens are stretched wholly."""
+    high_freq_factor: Annotated[float, Field(gt=0)]
+    """Those of less than original_max_position_embeddings / high_freq_factor stay; in between it goes over."""
+    original_max_position_embeddings: PositiveInt
+    """Tokens of the original context."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor:g} must be greater than low_freq_factor "
+                f"{self.low_freq_factor:g}"
+            )
+        return self
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling
+
+
 class ModelConfig(Section):
     """A Llama-style decoder. `preset: NAME` in a file starts from a preset (see `lhcp.presets`)."""
 
@@ -154,7 +186,14 @@ class ModelConfig(Section):
     ffn_dim: PositiveInt
     """Hidden width of the SwiGLU feed-forward."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    rope_scaling: RopeScaling | None = Field(default=None, discriminator="type")
+    """How a model was adapted to more positions; part of what it computes."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    tie_embeddings: Annotated[bool, Field(strict=True)] = False
+    """The output weight is the embedding."""
+    init_from: Path | None = None
+    """A checkpoint folder (from `lhcp import` or of another run) whose weights a new run starts from; None: random.
+    In a file it is enough alone: the other keys are the checkpoint's."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -171,6 +210,10 @@ class DataConfig(Section):
 
     path: Path
     """Folder written by `lhcp data prepare`."""
+    verify: Annotated[bool, Field(strict=True)] = True
+    """Read every shard at the start of a run and compare checksums; the ranks share the work, a shard each in turn.
+    Costs about a second for each GB of a rank's share, or what the disks take. Of copies on the nodes' own disks each
+    is read in part only: there, run `lhcp data verify` on every node."""
 
 
 class OptimConfig(Section):
@@ -184,6 +227,8 @@ class OptimConfig(Section):
     """Applied to matrices, not to norms."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest global gradient norm."""
+    max_skipped_steps: Annotated[int, Field(strict=True, ge=0)] = 10
+    """Steps in a row whose loss or gradient norm is not finite, which leave the weights alone; one more is the end."""
 
 
 class ParallelConfig(Section):
@@ -236,6 +281,17 @@ class MemoryConfig(Section):
     """`selective`: the feed-forward halves of layers run again in backward; `full`: whole layers, attention too."""
 
 
+class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
+    every: Annotated[int, Field(strict=True, ge=0)] = 500
+    """Steps between checkpoints; 0: only at the end, and when the run is told to stop."""
+    keep: PositiveInt = 3
+    """Newest checkpoints that are kept."""
+    stop_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after SIGTERM or SIGUSR1 to end the step and save in; a rank that has not by then exits with 76."""
+
+
 class EvalConfig(Section):
     """Held-out loss during training."""
 
@@ -265,6 +321,8 @@ class RunConfig(Section):
     compute_dtype: Literal["float32", "float64", "bfloat16"] | None = None
     """Of activations and matrix products. None: `dtype`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: Annotated[bool, Field(strict=True)] = False
+    """Only deterministic kernels: two runs of one layout give bit-identical weights. Slower on GPUs."""
     model: ModelConfig
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]
@@ -274,6 +332,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
     @property

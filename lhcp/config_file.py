@@ -1,23 +1,29 @@
 """Reading a run configuration from YAML, and writing one. Imports no torch.
 
-Relative paths in a file (`output_dir`, `data.path`) are relative to the current directory, not to the file.
+Relative paths in a file (`output_dir`, `data.path`, `model.init_from`) are relative to the current directory, not to
+the file.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lhcp.checkpoint.folder import published, step_folder
+from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, ModelConfig, RunConfig
 from lhcp.presets import MODEL_PRESETS
 
+_TAG = "type"
+"""The key that says which section of a union is meant."""
 _KIND_IN_WORDS = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -44,6 +50,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the file. `model: {preset: NAME}` starts from that preset; the other keys given override it.
+            `model: {init_from: DIR}` takes the keys of the checkpoint in DIR; others given must be equal to those.
         overrides: `a.b=VALUE` strings, applied in order; VALUE is YAML, list items go by index
             (`stages.0.steps=5`).
 
@@ -56,10 +63,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(data, override)
     _expand_preset(data)
+    start = _expand_init_from(data)
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(map(_describe, error.errors(include_url=False)))) from None
+    if start is not None:
+        _check_same_shape(config.model, start)
+    return config
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -137,7 +148,7 @@ def _enter(here: dict[Any, Any] | list[Any], part: str, path: list[str], name: s
     dotted = ".".join(path)
     if isinstance(here, dict) and slot not in here:
         known = _annotation_at(path)
-        if known is not None and not _is_section(known):
+        if known is not None and not _sections(known):
             raise ConfigError(f"{name}: {dotted} is not a section or a list in the file; set {dotted} as a whole")
         here[slot] = {}
     inner = here[slot]
@@ -161,6 +172,11 @@ def _expand_preset(data: dict[Any, Any]) -> None:
     model = data.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return
+    if model.get("init_from") is not None:
+        raise ConfigError(
+            "model: preset and init_from are both given; init_from brings the whole shape, so leave preset out "
+            "(to override a file: --set 'model={init_from: DIR}')"
+        )
     given = {key: value for key, value in model.items() if key != "preset"}
     name = model["preset"]
     if not isinstance(name, str) or name not in MODEL_PRESETS:
@@ -170,10 +186,42 @@ def _expand_preset(data: dict[Any, Any]) -> None:
     data["model"] = MODEL_PRESETS[name].model_dump() | given
 
 
+def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
+    """Fill in the model's keys from the checkpoint that it starts from, and return that checkpoint's model."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):  # validation says what is wrong
+        return None
+    folder = Path(model["init_from"])
+    try:
+        start = Checkpoint.open(folder).manifest.model
+    except ConfigError as error:
+        steps = published(folder)
+        hint = f"; the newest of that run is {step_folder(folder, steps[-1])}" if steps else ""
+        raise ConfigError(f"model.init_from: {error}{hint}") from None
+    data["model"] = start.model_dump() | model
+    return start
+
+
+def _check_same_shape(model: ModelConfig, start: ModelConfig) -> None:
+    """Refuse keys that contradict the checkpoint that the weights are from."""
+    given = model.model_dump()
+    wrong = [
+        f"model.{key}: given {_shown(given[key])}, but the checkpoint in model.init_from has {_shown(value)}; remove it"
+        for key, value in start.model_dump().items()
+        if key != "init_from" and given[key] != value
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
 def _describe(error: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = ".".join(map(str, loc))
+    key = _written(loc)
+    if kind == "union_tag_not_found":
+        return f"{key}.{_TAG}: required, must be {_tags_at(loc)}"
+    if kind == "union_tag_invalid":
+        return f"{key}.{_TAG}: given {_shown(error['input'][_TAG])}, must be {_tags_at(loc)}"
     if kind == "missing":
         return f"{key}: required"
     if kind in ("extra_forbidden", "invalid_key"):
@@ -182,6 +230,8 @@ def _describe(error: ErrorDetails) -> str:
         return f"{key}: {context['error']}"
     if kind == "model_type":
         valid = f"must be a section with the keys {', '.join(_keys_at(loc))}"
+    elif kind == "model_attributes_type":
+        valid = f"must be a section with {_TAG}: {_tags_at(loc)}"
     elif kind in _LIMIT_IN_WORDS:
         valid = _LIMIT_IN_WORDS[kind].format(**context)
     else:
@@ -190,35 +240,61 @@ def _describe(error: ErrorDetails) -> str:
     return f"{key}: given {_shown(error['input'])}, {valid}"
 
 
-def _suggestion(loc: tuple[int | str, ...]) -> str:
+def _suggestion(loc: Sequence[int | str]) -> str:
     keys = _keys_at(loc[:-1])
     close = difflib.get_close_matches(str(loc[-1]), keys, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    section = ".".join(map(str, loc[:-1]))
+    section = _written(loc[:-1])
     return f"{hint}valid{f' in {section}' if section else ''}: {', '.join(keys)}"
+
+
+def _written(loc: Sequence[int | str]) -> str:
+    """The key path `loc` as in the file: pydantic also puts in which section of a union it took, by its tag."""
+    return ".".join(str(part) for i, part in enumerate(loc) if _tagged(_annotation_at(loc[:i]), part) is None)
 
 
 def _keys_at(loc: Sequence[int | str]) -> list[str]:
     """Every key of the section at `loc`."""
-    section = _annotation_at(loc)
-    assert _is_section(section), "only a section has keys"
+    (section,) = _sections(_annotation_at(loc))
     return (["preset"] if section is ModelConfig else []) + list(section.model_fields)
 
 
-def _annotation_at(loc: Iterable[int | str]) -> Any:
-    """The declared type at the key path `loc`, None where a key is unknown."""
+def _tags_at(loc: Sequence[int | str]) -> str:
+    """In words, the tags of the sections of which there can be one at `loc`."""
+    return " or ".join(repr(_tag(section)) for section in _sections(_annotation_at(loc)))
+
+
+def _annotation_at(loc: Sequence[int | str]) -> Any:
+    """The declared type at the key path `loc`, with or without the tags of unions; None where a key is unknown."""
     here: Any = RunConfig
     for part in loc:
-        if _is_section(here):
-            field = here.model_fields.get(str(part))
-            here = field.annotation if field else None
-        else:
-            here = next(iter(get_args(here)), None)  # the items of a list are of one type
+        here = _tagged(here, part) or _annotation_in(here, part)
     return here
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _annotation_in(annotation: Any, part: int | str) -> Any:
+    """The declared type of a key of a section, or of the items of a list."""
+    sections = _sections(annotation)
+    if not sections:
+        return next(iter(get_args(annotation)), None)  # the items of a list are of one type
+    fields = (section.model_fields.get(str(part)) for section in sections)
+    return next((field.annotation for field in fields if field), None)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a type is, or those of which it is one; they have different tags."""
+    members = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
+    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+
+
+def _tagged(annotation: Any, tag: int | str) -> type[BaseModel] | None:
+    """Of a type that is one of several sections, that with this tag."""
+    sections = _sections(annotation)
+    return next((section for section in sections if len(sections) > 1 and _tag(section) == tag), None)
+
+
+def _tag(section: type[BaseModel]) -> str:
+    return str(section.model_fields[_TAG].default)
 
 
 def _shown(value: object) -> str:

@@ -38,7 +38,7 @@ def check_file(path: Path, size: int, sha256: str) -> None:
 def write_checked(path: Path, text: str) -> None:
     """Write `text` to `path` and its checksum to `path`.sha256 (as `sha256sum` prints it), and wait for the disk."""
     digest = hashlib.sha256(text.encode()).hexdigest()
-    for target, content in ((path, text), (_checksum_file(path), f"{digest}  {path.name}\n")):
+    for target, content in ((path, text), (checksum_file(path), f"{digest}  {path.name}\n")):
         with target.open("w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
@@ -54,9 +54,9 @@ def read_checked(path: Path) -> str:
     """
     content = path.read_bytes()
     try:
-        recorded = _checksum_file(path).read_bytes()
+        recorded = checksum_file(path).read_bytes()
     except OSError as error:
-        raise DamagedError(f"{_checksum_file(path)} cannot be read ({error.strerror})") from None
+        raise DamagedError(f"{checksum_file(path)} cannot be read ({error.strerror})") from None
     if recorded != f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode():
         raise DamagedError(f"{path} or its .sha256 file is damaged: they do not fit each other")
     return content.decode()
@@ -71,5 +71,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum_file(path: Path) -> Path:
+def checksum_file(path: Path) -> Path:
+    """Where `write_checked` puts the checksum of `path`."""
     return path.with_name(f"{path.name}.sha256")

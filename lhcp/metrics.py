@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+STARTS_FILE = "starts.jsonl"
+"""One object for each time that processes of the run were started: `time`, the `step` it began with, on what."""
 HELD_OUT = "held_out"
 """Name of the event that carries a held-out loss, as `loss`."""
 
@@ -65,9 +68,9 @@ class MetricsLogger:
         self._step = first_step
         self._print_every = max(1, total_steps // 20)
         self._started = time.monotonic()
-        self._metrics = _open_to_append(run_dir / METRICS_FILE)
-        self._events = _open_to_append(run_dir / EVENTS_FILE)
-        self._board = _tensorboard(run_dir / "tensorboard", first_step)
+        self._metrics = JsonLines(run_dir / METRICS_FILE)
+        self._events = JsonLines(run_dir / EVENTS_FILE)
+        self._board = _Board(run_dir / "tensorboard", first_step)
         self._bar = _Bar(total_steps, first_step) if sys.stdout.isatty() and sys.stderr.isatty() else None
 
     def __enter__(self) -> Self:
@@ -88,10 +91,8 @@ class MetricsLogger:
         """Record one step; steps come in ascending order."""
         self._step = metrics.step
         record = dataclasses.asdict(metrics)
-        _write_line(self._metrics, record)
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"train/{name}", value, metrics.step)
+        self._metrics.append(record)
+        self._board.add("train", {name: value for name, value in record.items() if name != "step"}, metrics.step)
         if self._bar:
             self._bar.update(metrics)
         elif self._is_printed(metrics.step):
@@ -106,11 +107,8 @@ class MetricsLogger:
             values: what to record; numbers go to TensorBoard too, as `name/key`.
         """
         step = self._step if step is None else step
-        _write_line(self._events, {"step": step, "event": name, **values})
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{name}/{key}", value, step)
-        self._board.flush()
+        self._events.append({"step": step, "event": name, **values})
+        self._board.add(name, values, step)
         shown = "  ".join(f"{key} {_short(value)}" for key, value in values.items())
         line = f"{name.replace('_', ' ')} after step {step + 1}: {shown}"
         if self._bar:
@@ -196,27 +194,69 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return kept[::-1]
 
 
-def _open_to_append(path: Path) -> IO[str]:
-    """`path` opened to append whole lines, even after a line that a kill left unfinished."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
+class JsonLines:
+    """A file that JSON objects are appended to, one a line, even after a line that a kill left unfinished.
+
+    What a full disk refuses waits in memory and is written when there is room: a run does not end for a metric.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b"\n" if torn else b""
+        self._refused = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one object; a number that is not finite becomes null, since JSON has none."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._refused:
+                warn(f"{self._path}: {error.strerror}; lines are kept in memory until they can be written")
+            self._refused = True
+
+    def close(self) -> None:
+        """Close the file; lines that it still refuses are lost."""
+        if self._waiting:
+            warn(f"{self._path}: {self._waiting.count(b'{')} lines could not be written")
+        self._file.close()
 
 
-def _write_line(file: IO[str], record: dict[str, Any]) -> None:
-    # JSON has no NaN and no infinity: they become null, so that every reader can read every line.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
-    file.flush()
+class _Board:
+    """TensorBoard files; they end where they cannot be written."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Points from first_step on, of an earlier process of this run, are hidden.
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def add(self, group: str, values: dict[str, Any], step: int) -> None:
+        """Numbers, as `group/name`."""
+        for name, value in values.items():
+            if self._writer and isinstance(value, int | float):
+                try:
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
+                except OSError as error:
+                    warn(f"TensorBoard files end at step {step}: {error}")
+                    self._writer = None
+
+    def close(self) -> None:
+        if self._writer:
+            try:
+                self._writer.close()
+            except OSError as error:
+                warn(f"TensorBoard files are incomplete: {error}")
 
 
-def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Points from first_step on, of an earlier process of this run, are hidden.
-    return SummaryWriter(str(folder), purge_step=first_step or None)
+def warn(message: str) -> None:
+    """Tell the user and the log of something that does not end the run."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+    logging.warning(message)
 
 
 def _short(value: float | str) -> str:

@@ -77,6 +77,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so, the same answer on every rank (collective)."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
+
+
 def full(x: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (collective); any other tensor as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -1,162 +1,64 @@
-"""The trainer: `torchrun ... -m lhcp.train CONFIG [--set KEY=VALUE ...]`, one process per rank.
+"""Training: `torchrun ... -m lhcp.train CONFIG [--set KEY=VALUE ...] [--resume WHICH]`, one process per rank.
 
-Configuration and data are checked before any process group or device memory exists; then every rank runs
-`Trainer.run`. Rank 0 alone writes to the run folder and prints.
+Configuration and data are checked before any process group or device memory exists. Rank 0 alone writes to the run
+folder, except for checkpoints and logs, and prints. Exit codes: 0 finished, 1 failed, 2 something that the user can
+correct, `EXIT_STOPPED` and `EXIT_FORCED` of `lhcp.stop`.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 
 import torch
-from torch import Tensor
 
-from lhcp import config_file
-from lhcp.attention.layers import LayerAttention
-from lhcp.checks import CONFIG_FILE, check_files
-from lhcp.config import ConfigError, EvalMode, RunConfig, StageMode
-from lhcp.data import BatchLoader, TokenDataset
+from lhcp import config_file, run_folder
+from lhcp.checkpoint.choose import choose, damage
+from lhcp.checkpoint.compare import check_meaning
+from lhcp.checkpoint.manifest import Checkpoint
+from lhcp.checkpoint.saver import Saver
+from lhcp.checks import check_files, data_entry
+from lhcp.config import ConfigError, RunConfig
+from lhcp.data import verify_shards
+from lhcp.distributed.collectives import SharedError, complaints, on_rank_zero
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.eval.held_out import held_out_loss, no_attention
-from lhcp.flops import peak_flops, step_flops
-from lhcp.loss import IGNORE
-from lhcp.metrics import HELD_OUT, MetricsLogger, StepMetrics
-from lhcp.model.llama import AttentionFunction, Llama
-from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
-from lhcp.parallelize import Mesh, full, recompute, shard_model, sum_over_ranks
+from lhcp.metrics import MetricsLogger
+from lhcp.parallelize import Mesh
 from lhcp.plot import plot_loss
+from lhcp.run import SaveError, run
+from lhcp.stop import EXIT_STOPPED, stop_on_signal
+from lhcp.trainer import Trainer
 
 
-class Trainer:
-    """One rank of a run.
-
-    Args:
-        config: resolved.
-        mesh: the ranks.
-        device: of this rank.
-    """
-
-    def __init__(self, config: RunConfig, mesh: Mesh, device: torch.device) -> None:
-        self.config, self.mesh, self.device = config, mesh, device
-        cp = mesh.context_parallel
-        self.positions = cp.positions(config.seq_len, device)
-        self.loader = BatchLoader(
-            TokenDataset(config.data.path, "train"),
-            seq_len=config.seq_len,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            seed=config.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            runs=cp.layout.runs(cp.rank, config.seq_len),
-        )
-        self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
-        self.model.init_weights(config.seed)
-        recompute(self.model, config.memory.recompute)
-        shard_model(self.model, mesh, getattr(torch, config.activation_dtype))
-        self.optimizer = make_optimizer(self.model, config.optim)
-
-    def attention(self, mode: StageMode) -> LayerAttention:
-        """What the model's layers run in a stage of this mode."""
-        lighthouse = self.config.attention if mode == "lighthouse" else None
-        return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers))
-
-    def gradients(self, step: int, attention: AttentionFunction) -> Tensor:
-        """Leave the gradients of `step`'s global mean loss in the parameters; return that loss, on every rank."""
-        batches = [
-            (torch.from_numpy(tokens).to(self.device), torch.from_numpy(labels).to(self.device))
-            for tokens, labels in self.loader.micro_batches(step)
-        ]
-        valid = sum_over_ranks(torch.stack([(labels != IGNORE).sum() for _, labels in batches]).sum())
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device, dtype=getattr(torch, self.config.dtype))
-        for tokens, labels in batches:
-            loss = self.model(tokens, labels, self.positions, attention) / valid
-            loss.backward()
-            total += loss.detach()
-        return sum_over_ranks(total)
-
-    def train_step(self, step: int) -> tuple[float, float]:
-        """One optimizer step (from 0): its loss, and the gradient norm before clipping."""
-        optim = self.config.optim
-        loss = self.gradients(step, self.attention(self.config.stage_at(step).mode))
-        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.grad_clip))
-        if not (loss.isfinite() and norm.isfinite()):  # the same on every rank
-            raise FloatingPointError(
-                f"step {step + 1}: the loss is {float(loss)} and the gradient norm {float(norm)}, so training has "
-                f"diverged; the weights were not updated. Lower optim.lr or lengthen optim.warmup_steps"
-            )
-        set_learning_rate(self.optimizer, learning_rate(optim, step))
-        self.optimizer.step()
-        return float(loss), float(norm)
-
-    def held_out(self, mode: EvalMode) -> float:
-        """Held-out loss, nats per token."""
-        attention = no_attention if mode == "no_attention" else self.attention(mode)
-        dataset = TokenDataset(self.config.data.path, "held_out")
-        return held_out_loss(self.model, dataset, self.config.seq_len, self.config.eval.sequences, attention, self.mesh)
-
-    def run(self, logger: MetricsLogger | None) -> None:
-        """All steps of all stages; only the rank with a `logger` reports."""
-        config, evaluation = self.config, self.config.eval
-        bf16_on_gpu = self.device.type == "cuda" and config.activation_dtype == "bfloat16"
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if bf16_on_gpu else None
-        world = self.mesh.dp_size * self.mesh.context_parallel.size
-        for step in range(config.total_steps):
-            started = time.perf_counter()
-            loss, norm = self.train_step(step)
-            step_s = time.perf_counter() - started
-            if logger is not None:
-                mode = config.stage_at(step).mode
-                step_tokens = config.global_batch_size * config.seq_len
-                logger.log(
-                    StepMetrics(
-                        step=step,
-                        stage=mode,
-                        loss=loss,
-                        grad_norm=norm,
-                        lr=learning_rate(config.optim, step),
-                        tokens=(step + 1) * step_tokens,
-                        tokens_per_s_per_gpu=step_tokens / step_s / world,
-                        mfu=step_flops(config, mode) / (step_s * world * peak) if peak else None,
-                        memory_gib=peak_memory_gib(self.device),
-                        step_s=step_s,
-                    )
-                )
-            last = step + 1 == config.total_steps
-            if evaluation.sequences and (last or (evaluation.every and (step + 1) % evaluation.every == 0)):
-                for kind in evaluation.modes:
-                    held_out = self.held_out(kind)
-                    if logger is not None:
-                        logger.event(HELD_OUT if kind == "dense" else f"{HELD_OUT}_{kind}", loss=held_out)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as one rank; the exit code is 2 for what the user can correct."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """`config`, `overrides`, `resume`, `allowed`."""
     parser = argparse.ArgumentParser(prog="lhcp.train", description="Train as one rank of a run.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    args = parser.parse_args(argv)
+    parser.add_argument("--resume", metavar="WHICH", help="last, last-good, or the number of steps of a checkpoint")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", dest="allowed")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as one rank; the exit code."""
+    args = arguments(argv)
     rank = int(os.environ.get("RANK", "0"))
     try:
         env = ProcessEnv.read()
         config = config_file.load(args.config, args.overrides).resolve(env.world_size)
-        check_files(config)
+        check_files(config, args.resume, args.allowed)
         device = env.device(config.device)
+        if config.deterministic:
+            use_deterministic_kernels()
         block_backend(
             config.parallel.block_backend, torch.empty(0, dtype=getattr(torch, config.activation_dtype), device=device)
         )
@@ -168,31 +70,89 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     try:
-        return train(config, env, device)
-    except ConfigError as error:  # one rank's shard, for instance
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        return train(config, env, device, args.resume, args.allowed)
+    except ConfigError as error:
+        if rank == 0 or not isinstance(error, SharedError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except (FloatingPointError, FileExistsError) as error:
-        if env.rank == 0:
+    except (FloatingPointError, SaveError) as error:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def train(config: RunConfig, env: ProcessEnv, device: torch.device) -> int:
-    """Train as rank `env.rank` of a resolved and checked configuration."""
-    with process_group(env, device):
-        trainer = Trainer(config, Mesh.build(config.parallel, device), device)
-        if env.rank != 0:
-            trainer.run(None)
-            return 0
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        config_file.save(config, config.output_dir / CONFIG_FILE)
-        with MetricsLogger(config.output_dir, config.total_steps) as logger:
-            trainer.run(logger)
-    plot_loss(config.output_dir)
-    return 0
+def use_deterministic_kernels() -> None:
+    """For the whole process; before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, adds nothing
+
+
+def train(
+    config: RunConfig, env: ProcessEnv, device: torch.device, resume: str | None = None, allowed: Collection[str] = ()
+) -> int:
+    """Train as rank `env.rank` of a resolved and checked configuration; the exit code (collective).
+
+    Raises:
+        ConfigError: the run folder is in use; the data or the checkpoint is damaged, or does not fit.
+        SaveError, FloatingPointError: see `lhcp.run.run`.
+    """
+    run_dir = config.output_dir
+    with ExitStack() as stack:
+        request = stack.enter_context(stop_on_signal(config.checkpoint.stop_timeout_s))
+        stack.enter_context(process_group(env, device))
+        on_rank_zero(lambda: stack.enter_context(run_folder.locked(run_dir)))
+        run_folder.log_to(run_dir, env.rank)
+        stack.push(_log_end)
+        checkpoint = _checked_start(config, env, resume, allowed)
+        trainer = Trainer(config, Mesh.build(config.parallel, device), device, checkpoint)
+        aside = on_rank_zero(lambda: run_folder.begin(run_dir, config, trainer.done, device))
+        saver = Saver(run_dir, config.checkpoint.keep, device)
+        stack.callback(saver.close)
+        logging.info("rank %d of %d begins with step %d", env.rank, env.world_size, trainer.done + 1)
+        logger = None
+        if env.rank == 0:
+            for path in aside:
+                print(f"a newer checkpoint is set aside as {path}")
+            logger = stack.enter_context(MetricsLogger(run_dir, config.total_steps, trainer.done))
+        finished = run(trainer, saver, request, logger)
+    if env.rank == 0 and finished:
+        plot_loss(run_dir)
+    elif env.rank == 0:
+        assert request.signal is not None
+        print(
+            f"stopped by {request.signal.name} after step {trainer.done} of {config.total_steps}, which is saved; "
+            f"go on by --resume last",
+            flush=True,
+        )
+    return 0 if finished else EXIT_STOPPED
+
+
+def _checked_start(
+    config: RunConfig, env: ProcessEnv, resume: str | None, allowed: Collection[str]
+) -> Checkpoint | None:
+    """Check every byte that the run begins with; the checkpoint to go on from, None: the beginning (collective)."""
+    if config.data.verify and (found := complaints(lambda: verify_shards(config.data.path, env.rank, env.world_size))):
+        raise SharedError(found[0])
+    checkpoint = choose(config.output_dir, resume) if resume is not None else None
+    if checkpoint is not None:
+        chosen = checkpoint
+        changes = on_rank_zero(lambda: check_meaning(chosen, config, data_entry(config), allowed))
+        if env.rank == 0:
+            print(f"resumed from {checkpoint.folder}", flush=True)
+            for key, was, value in changes:
+                print(f"  changed since: {key} from {was!r} to {value!r}", flush=True)
+    elif config.model.init_from is not None and (found := damage(config.model.init_from)):
+        raise SharedError(found[0])
+    return checkpoint
+
+
+def _log_end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # noqa: ARG001
+    """Leave the reason for an end in the log; `ExitStack.push` takes it as `__exit__`."""
+    if error is not None:
+        logging.error("the run ends", exc_info=error)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from lhcp.config import RunConfig
 from lhcp.data import prepare
 from lhcp.parallelize import Mesh
-from lhcp.train import Trainer
+from lhcp.trainer import Trainer
 
 
 def write_data(folder: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Checkpoints: written while training goes on, published whole or not at all, checked when they are read."""

@@ -6,7 +6,6 @@ which file), and one safetensors file for each rank that wrote one. Nothing in i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,8 @@ from lhcp.files import DamagedError, check_file, read_checked
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.json"
-FOLDER = "checkpoints"
-"""In a run folder: the published checkpoints."""
 
 Count = Annotated[int, Field(ge=0)]
-_NAME = re.compile(r"step-(\d{8,})")
 
 
 class FileEntry(Section):
@@ -67,7 +63,7 @@ class Manifest(Section):
     layout: dict[Literal["dp", "cp"], int] | None = None
     """Ranks that wrote it; any others can read it."""
     versions: dict[str, str]
-    files: dict[str, FileEntry] = {}
+    files: dict[str, FileEntry] = Field(default_factory=dict)
     """Every other file of the folder."""
 
 
@@ -89,7 +85,7 @@ class Checkpoint:
         try:
             return cls(folder, Manifest.model_validate_json(read_checked(folder / MANIFEST_FILE)))
         except (FileNotFoundError, NotADirectoryError):
-            if _NAME.fullmatch(folder.name) and folder.is_dir():
+            if (folder / INDEX_FILE).exists():
                 raise DamagedError(f"{folder} is damaged: it has no {MANIFEST_FILE}") from None
             raise ConfigError(f"no checkpoint in {folder}: it has no {MANIFEST_FILE}") from None
         except OSError as error:
@@ -108,15 +104,3 @@ class Checkpoint:
         for name in self.manifest.files if names is None else names:
             entry = self.manifest.files[name]
             check_file(self.folder / name, entry.bytes, entry.sha256)
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is, or will be."""
-    return run_dir / FOLDER / f"step-{step:08d}"
-
-
-def published(run_dir: Path) -> list[int]:
-    """Steps of the published checkpoints of a run, ascending; whether they are whole is not looked at."""
-    folder = run_dir / FOLDER
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))

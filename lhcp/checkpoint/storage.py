@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from lhcp.checkpoint.folder import unpublished
 from lhcp.checkpoint.index import Chunk, TensorEntry, TensorIndex, dump_index, read_index
 from lhcp.checkpoint.manifest import INDEX_FILE, MANIFEST_FILE, Checkpoint, FileEntry, Manifest
 from lhcp.files import sha256_of, sync_folder, write_checked
@@ -39,12 +41,15 @@ class CheckpointWriter(StorageWriter):
         folder: the checkpoint; its parent must exist and it must not.
         rank: of this process, for its file's name.
         manifest: without `files`.
+        on_published: called on the coordinator.
     """
 
-    def __init__(self, folder: Path, rank: int, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, rank: int, manifest: Manifest, on_published: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__()
-        self._folder, self._rank, self._manifest = folder, rank, manifest
-        self._unpublished = folder.with_name(f".{folder.name}.tmp")
+        self._folder, self._rank, self._manifest, self._on_published = folder, rank, manifest, on_published
+        self._unpublished = unpublished(folder)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing to do: a writer serves one checkpoint."""
@@ -69,9 +74,13 @@ class CheckpointWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """One file with this rank's chunks; none when it has none."""
         done: Future[list[WriteResult]] = Future()
-        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
-        assert len(tensors) == len(plan.items), "two chunks of one tensor on one rank"
-        tensors = {name: x.detach().contiguous() for name, x in tensors.items() if x.numel()}
+        tensors: dict[str, Tensor] = {}
+        for item in plan.items:
+            chunk = planner.resolve_data(item)
+            assert isinstance(chunk, Tensor), f"{item.index.fqn} is not a tensor"
+            assert item.index.fqn not in tensors, f"two chunks of {item.index.fqn} on one rank"
+            if chunk.numel():
+                tensors[item.index.fqn] = chunk.detach().contiguous()
         results = []
         if tensors:
             path = self._unpublished / f"rank-{self._rank:05d}.safetensors"
@@ -97,6 +106,7 @@ class CheckpointWriter(StorageWriter):
         sync_folder(self._unpublished)
         self._unpublished.rename(self._folder)
         sync_folder(self._folder.parent)
+        self._on_published()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -8,10 +8,10 @@ A split is one stream of tokens, each document followed by the end-of-document t
 reads tokens [j N, (j+1) N + 1) of it; documents in one sequence are not masked from each other.
 """
 
-from lhcp.data.dataset import TokenDataset
+from lhcp.data.dataset import TokenDataset, verify_shards
 from lhcp.data.documents import TEXT_SUFFIXES
 from lhcp.data.entropy import bigram_entropy, unigram_entropy
-from lhcp.data.index import DatasetIndex, SplitName
+from lhcp.data.index import DatasetIndex, SplitName, read_index
 from lhcp.data.loader import Batch, BatchLoader, Run, held_out_batches, read_sequences
 from lhcp.data.prepare import prepare
 from lhcp.data.sampler import sequence_ids
@@ -29,7 +29,9 @@ __all__ = [
     "bigram_entropy",
     "held_out_batches",
     "prepare",
+    "read_index",
     "read_sequences",
     "sequence_ids",
     "unigram_entropy",
+    "verify_shards",
 ]

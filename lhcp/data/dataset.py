@@ -1,4 +1,4 @@
-"""Reads a prepared dataset: one split as a single stream of tokens."""
+"""Reads a prepared dataset: one split as a single stream of tokens, or every shard against its checksum."""
 
 from __future__ import annotations
 
@@ -11,9 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lhcp.config import ConfigError
-from lhcp.data.index import TOKEN_DTYPE, SplitName, read_index
+from lhcp.data.index import AGAIN, TOKEN_DTYPE, SplitName, read_index
+from lhcp.files import DamagedError, check_file
 
-_AGAIN = "copy it again, or make the dataset again with `lhcp data prepare`"
+
+def verify_shards(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Read shards of the dataset in folder `path` whole, and compare them with the checksums in its index.
+
+    Args:
+        path: the folder.
+        part: which share, in [0, parts): of all splits' shards in a row, those number `part` modulo `parts`.
+        parts: readers that share the work, such as the ranks of a run.
+
+    Raises:
+        ConfigError: there is no dataset.
+        DamagedError: naming the first file that is missing or is not what was written.
+    """
+    assert 0 <= part < parts, (part, parts)
+    shards = [shard for _, split in sorted(read_index(path).splits.items()) for shard in split.shards]
+    for shard in shards[part::parts]:
+        try:
+            check_file(path / shard.file, shard.bytes, shard.sha256)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; {AGAIN}") from None
 
 
 class TokenDataset:
@@ -41,11 +61,11 @@ class TokenDataset:
             file = path / shard.file
             expected = shard.tokens * np.dtype(TOKEN_DTYPE).itemsize
             if not file.is_file():
-                raise ConfigError(f"{file} is missing, but the dataset's index lists it; {_AGAIN}")
+                raise ConfigError(f"{file} is missing, but the dataset's index lists it; {AGAIN}")
             if not os.access(file, os.R_OK):
                 raise ConfigError(f"{file} cannot be read: no permission")
             if (size := file.stat().st_size) != expected:
-                raise ConfigError(f"{file} has {size} bytes, but the dataset's index says {expected}; {_AGAIN}")
+                raise ConfigError(f"{file} has {size} bytes, but the dataset's index says {expected}; {AGAIN}")
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +104,7 @@ class TokenDataset:
             piece = self._map(number)[first : first + len(out) - done]
             if piece.max() >= self.vocab_size:
                 file = self.path / self._shards[number].file
-                raise ConfigError(f"{file} holds token {piece.max()}, beyond its vocabulary; {_AGAIN}")
+                raise ConfigError(f"{file} holds token {piece.max()}, beyond its vocabulary; {AGAIN}")
             out[done : done + len(piece)] = piece
             done += len(piece)
             number += 1

@@ -1,21 +1,23 @@
-"""`index.json`, the description of a prepared dataset: what is in its folder."""
+"""`index.json`, the description of a prepared dataset: what is in its folder, checked against its own checksum."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lhcp.config import ConfigError, Section
+from lhcp.files import DamagedError, read_checked, write_checked
 
 SplitName = Literal["train", "held_out"]
 FORMAT_VERSION: Literal[1] = 1
 INDEX_FILE = "index.json"
 TOKEN_DTYPE = "<u2"
 """numpy dtype of tokens on disk: little-endian uint16."""
+AGAIN = "copy it again, or make the dataset again with `lhcp data prepare`"
+"""What to do about a file that is damaged or missing."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -75,11 +77,8 @@ class DatasetIndex(Section):
 
 
 def write_index(folder: Path, index: DatasetIndex) -> None:
-    """Write `folder`/index.json and wait until it is on the disk."""
-    with (folder / INDEX_FILE).open("w", encoding="utf-8") as file:
-        file.write(index.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `folder`/index.json and its checksum, and wait until they are on the disk."""
+    write_checked(folder / INDEX_FILE, index.model_dump_json(indent=2) + "\n")
 
 
 def read_index(folder: Path) -> DatasetIndex:
@@ -87,13 +86,18 @@ def read_index(folder: Path) -> DatasetIndex:
 
     Raises:
         ConfigError: the folder or the file is missing, or the file is not an index of this format version.
+        DamagedError: the file or its checksum is not what was written, or cannot be read.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
         missing = f"it has no {INDEX_FILE}" if folder.is_dir() else "the folder does not exist"
         raise ConfigError(f"no dataset in {folder} ({missing}); make one with `lhcp data prepare`")
     try:
-        return DatasetIndex.model_validate_json(path.read_bytes())
+        return DatasetIndex.model_validate_json(read_checked(path))
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {AGAIN}") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from None
     except ValueError as error:
         raise ConfigError(
             f"{path} is not a dataset index of format version {FORMAT_VERSION}; make the dataset again with "

@@ -17,6 +17,7 @@ from lhcp.data.documents import TEXT_SUFFIXES, find_files, read_documents
 from lhcp.data.index import INDEX_FILE, DatasetIndex, SourceCounts, write_index
 from lhcp.data.shards import SHARD_NAME, ShardWriter
 from lhcp.data.tokenizer import ByteTokenizer
+from lhcp.files import checksum_file
 
 
 def prepare(
@@ -29,7 +30,7 @@ def prepare(
     suffixes: Sequence[str] = TEXT_SUFFIXES,
     overwrite: bool = False,
 ) -> DatasetIndex:
-    """Write the dataset `out` (`index.json` and shards of little-endian uint16 tokens) from text.
+    """Write the dataset `out` (`index.json`, its checksum, and shards of little-endian uint16 tokens) from text.
 
     Each document is its byte tokens and an end-of-document token. A hash of its content decides its split, so
     the split depends on no order and a document stays where it is as others come; documents with the same
@@ -150,7 +151,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
     names = {entry.name for entry in out.iterdir()}
     if names and not overwrite:
         raise ConfigError(f"out {out} exists and is not empty; name another folder, or replace it with --overwrite")
-    others = sorted(name for name in names if name != INDEX_FILE and not SHARD_NAME.fullmatch(name))
+    own = {INDEX_FILE, checksum_file(out / INDEX_FILE).name}
+    others = sorted(name for name in names - own if not SHARD_NAME.fullmatch(name))
     if names and (others or INDEX_FILE not in names):
         raise ConfigError(
             f"out {out} is not replaced, since it is not (only) a dataset: it has "

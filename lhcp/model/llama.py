@@ -82,6 +82,8 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
 
     def forward(
         self, tokens_BN: Tensor, labels_BN: Tensor, positions_N: Tensor, attention: AttentionFunction
@@ -100,7 +102,7 @@ class Llama(nn.Module):
         """
         config = self.config
         x_BNE = self.embedding(tokens_BN)
-        cos, sin = rope_tables(positions_N, config.head_dim, config.rope_theta, x_BNE.dtype)
+        cos, sin = rope_tables(positions_N, config.head_dim, config.rope_theta, x_BNE.dtype, config.rope_scaling)
         for block in self.blocks:
             x_BNE = block(x_BNE, cos, sin, attention)
         out: Tensor = self.norm(x_BNE)
@@ -108,7 +110,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights of standard deviation 0.02, residual outputs divided by sqrt(2 x layers) (GPT-2)."""
+        """Normal weights of standard deviation 0.02, residual outputs divided by sqrt(2 x layers) (GPT-2).
+
+        A tied output weight is the embedding, and is drawn once: `named_parameters` names a parameter once.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:

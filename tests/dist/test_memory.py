@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bytes_held(config: RunConfig, rank: int) -> tuple[int, int, bool]:
     """Bytes of parameters, gradients and optimizer state here and in all, and whether all are DTensors."""
     trainer = make_trainer(config)
-    trainer.train_step(0)
+    trainer.train_step()
     state = [x for s in trainer.optimizer.state.values() for x in (s["exp_avg"], s["exp_avg_sq"])]
     tensors = [*trainer.model.parameters(), *(p.grad for p in trainer.model.parameters()), *state]
     local = sum(x.to_local().nbytes for x in tensors if isinstance(x, DTensor))
@@ -86,7 +86,7 @@ def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype
         return original(self, layer, q, k, v)
 
     layers.LayerAttention.__call__ = watching
-    losses = [trainer.train_step(step)[0] for step in range(6)]
+    losses = [trainer.train_step()[0] for step in range(6)]
     return losses, {p.dtype for p in trainer.model.parameters()}, seen, tables
 
 

@@ -35,7 +35,7 @@ def gradients_of(config: RunConfig, mode: str, rank: int) -> tuple[float, dict[s
 
 def curve_of(config: RunConfig, rank: int) -> tuple[list[tuple[float, float]], float]:
     trainer = make_trainer(config)
-    steps = [trainer.train_step(step) for step in range(config.total_steps)]
+    steps = [trainer.train_step() for step in range(config.total_steps)]
     return steps, trainer.held_out("dense")
 
 

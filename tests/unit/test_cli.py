@@ -126,6 +126,19 @@ def test_data_prepare(tmp_path: Path) -> None:
     assert "read      43 files, 43 documents" in more.stdout
 
 
+def test_data_verify(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1234)
+    prepare([tmp_path / "a.txt"], tmp_path / "tokens", held_out=0, shard_tokens=1000)
+    whole = lhcp_command("data", "verify", "tokens", cwd=tmp_path)
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert whole.stdout == "tokens is whole: 2 shard(s), 1,235 tokens\n"
+    (tmp_path / "tokens" / "train-00001.bin").write_bytes(b"a\0" * 235)
+    damaged = lhcp_command("data", "verify", "tokens", cwd=tmp_path)
+    assert (damaged.returncode, damaged.stdout) == (2, "")
+    assert damaged.stderr.startswith("error: tokens/train-00001.bin is damaged: its sha256 is not that of what was ")
+    assert len(damaged.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("cp", "dp", "nproc"), [(2, "1", 2), (1, "", 1), (2, "", 2), (2, "2", 4)])
 def test_train_starts_one_process_per_rank(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cp: int, dp: str, nproc: int

@@ -60,6 +60,7 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "not a whole number": (["seq_len=1.5"], ["seq_len: given 1.5, must be a whole number"]),
     "nothing": (["seq_len="], ["seq_len: given nothing, must be a whole number"]),
     "not true or false": (["attention.cover_prefix=maybe"], ["given 'maybe', must be true or false"]),
+    "a number for true": (["data.verify=1"], ["data.verify: given 1, must be true or false"]),
     "not a path": (["output_dir=[1]"], ["output_dir: given [1], must be a path"]),
     "not a list": (["dense_layers=x"], ["dense_layers: given 'x', must be a list"]),
     "item of a list": (["dense_layers=[0, x]"], ["dense_layers.1: given 'x', must be a whole number"]),

@@ -11,6 +11,7 @@ import pytest
 
 from lhcp.config import ConfigError
 from lhcp.data import TokenDataset, prepare
+from lhcp.files import write_checked
 
 TEXT = "".join(chr(33 + i % 90) for i in range(99))
 
@@ -106,7 +107,7 @@ def test_no_such_split(folder: Path) -> None:
 def test_bad_index(folder: Path, change: dict[str, object] | None) -> None:
     content = json.loads((folder / "index.json").read_text())
     text = "{" if change is None else json.dumps({**content, **change})
-    (folder / "index.json").write_text(text)
+    write_checked(folder / "index.json", text)
     message = r"index\.json is not a dataset index of format version 1; make the dataset again with `lhcp data prep"
     with pytest.raises(ConfigError, match=message):
         TokenDataset(folder, "train")

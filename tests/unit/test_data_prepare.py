@@ -187,7 +187,11 @@ class TestSplit:
         index = prepare([write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)], tmp_path / "out", held_out=0)
         assert documents_of(tmp_path / "out", "train") == DOCUMENTS
         assert index.splits["held_out"].tokens == 0
-        assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["index.json", "train-00000.bin"]
+        assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == [
+            "index.json",
+            "index.json.sha256",
+            "train-00000.bin",
+        ]
 
     @pytest.mark.parametrize(("share", "empty"), [(1e-9, "held_out"), (1 - 1e-9, "train")])
     def test_an_empty_split_names_a_share_that_works(self, tmp_path: Path, share: float, empty: str) -> None:
@@ -215,7 +219,7 @@ class TestOutput:
         index = prepare([source], tmp_path / "out", held_out=0.2, shard_tokens=100)
         assert read_index(tmp_path / "out") == index
         assert (index.tokenizer, index.vocab_size, index.dtype, index.format_version) == ("byte", 257, "uint16", 1)
-        names = {"index.json"}
+        names = {"index.json", "index.json.sha256"}
         for split, entry in index.splits.items():
             texts = documents_of(tmp_path / "out", split)
             assert entry.documents == len(texts)

@@ -167,12 +167,17 @@ def check_block_backend(name: str) -> None:
 def block_backend(name: BlockBackendName, q: Tensor) -> BlockBackend:
     """The backend `name` for tensors like `q`; `auto`: cuDNN for half precision on CUDA, `cpu` on CPUs, else math.
 
+    Where only deterministic algorithms may be used, `auto` takes flash in place of cuDNN.
+
     Raises:
-        ConfigError: a backend that cannot take q's device or dtype.
+        ConfigError: a backend that cannot take q's device or dtype, or whose backward is not deterministic.
     """
     on_cpu, half = q.device.type == "cpu", q.dtype in _HALF
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if name == "auto":
-        name = "cpu" if on_cpu else "cudnn" if half else "math"
+        name = "cpu" if on_cpu else "math" if not half else "flash" if deterministic else "cudnn"
+    if name == "cudnn" and deterministic:
+        raise ConfigError("block_backend 'cudnn' is not deterministic in backward; use 'auto' or 'flash'")
     if name == "cpu" and not on_cpu:
         raise ConfigError(f"block_backend 'cpu' cannot take tensors on {q.device}; use 'auto'")
     if name in ("cudnn", "flash") and (on_cpu or not half):

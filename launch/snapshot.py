@@ -1,0 +1,37 @@
+"""A copy of the code that a run runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import lhcp
+
+PACKAGE = Path(lhcp.__file__).parent
+
+
+def copy_code(to: Path) -> None:
+    """Copy the package to `to`/lhcp, so that `PYTHONPATH=to` runs it; nothing where there is a copy already.
+
+    Links are followed: the copy has kernels, launch and slurm in it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if to.exists():
+        return
+    partial = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(PACKAGE, partial / "lhcp", ignore=shutil.ignore_patterns("__pycache__"))
+    partial.rename(to)
+
+
+def code_digest() -> str:
+    """Tells one state of the package's modules from another: 12 hex digits."""
+    digest = hashlib.sha256()
+    folders = (Path(folder) for folder, _, _ in os.walk(PACKAGE, followlinks=True))
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,104 @@
+"""Writing the checkpoints of a run while training goes on."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from lhcp.checkpoint.folder import FOLDER, prune, step_folder
+from lhcp.checkpoint.manifest import Manifest
+from lhcp.checkpoint.storage import CheckpointWriter
+
+MAX_FAILURES = 3
+"""Saves in a row that have failed when a run ends."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended."""
+
+    step: int
+    """The checkpoint is that after so many steps."""
+    seconds: float
+    """From the copy of the tensors until it was published."""
+    error: str | None
+    """Why there is no such checkpoint."""
+
+
+class Saver:
+    """Copies tensors to host memory, then writes them in a thread; every rank has one (collective).
+
+    Args:
+        run_dir: the run folder, which exists; it is not made again when someone removes it.
+        keep: newest checkpoints that are kept.
+        device: where the tensors are.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, device: torch.device) -> None:
+        self._run_dir, self._keep = run_dir, keep
+        # Collectives of a thread must not mix with those of training.
+        self._group = dist.new_group(backend="gloo")
+        pinned = device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
+            )
+        )
+        self._pending: tuple[int, float, Future[object]] | None = None
+        self._failures = 0
+
+    def start(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        """Begin the checkpoint after `manifest.step` steps. When this returns, the tensors may change again."""
+        assert self._pending is None, "collect the save before first"
+        folder = step_folder(self._run_dir, manifest.step)
+        started = time.perf_counter()
+        with suppress(OSError):  # whatever is wrong, writing will say
+            folder.parent.mkdir(exist_ok=True)
+        writer = CheckpointWriter(folder, dist.get_rank(), manifest, on_published=self._prune)
+        future = async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager)
+        assert isinstance(future, Future)
+        self._pending = manifest.step, started, future
+
+    def collect(self, block: bool = False) -> Saved | None:
+        """How the save that was begun has ended; None when there is none, or it goes on and `block` is false."""
+        if self._pending is None or not (block or self._pending[2].done()):
+            return None
+        step, started, future = self._pending
+        self._pending, error = None, None
+        try:
+            future.result()
+        except CheckpointException as failure:
+            error = _reason(failure)
+        self._failures = self._failures + 1 if error else 0
+        return Saved(step, time.perf_counter() - started, error)
+
+    @property
+    def failed(self) -> bool:
+        """Whether too many saves in a row have failed: the same on every rank once they have collected the same."""
+        return self._failures >= MAX_FAILURES
+
+    def close(self) -> None:
+        """Free the host memory."""
+        self._stager.close()
+
+    def _prune(self) -> None:
+        prune(self._run_dir / FOLDER, self._keep)
+
+
+def _reason(failure: CheckpointException) -> str:
+    """What the storage said, of the first rank that it failed; anything else is a defect and is raised."""
+    rank, (error, _) = min(failure.failures.items())
+    if not isinstance(error, OSError | SafetensorError):
+        raise RuntimeError(f"rank {rank} failed to save") from failure
+    return f"rank {rank}: {error}"

@@ -1,0 +1,1 @@
+"""The finished model in everyone's format: Hugging Face Llama folders, written and read without `transformers`."""

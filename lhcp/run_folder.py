@@ -1,0 +1,123 @@
+"""The run folder, as rank 0 keeps it: one process at a time, the code, and what each start ran on.
+
+config.yaml     the resolved configuration of the last start
+code/           the package as the first start ran it
+starts.jsonl    one object a start: when, from which step, layout, host, versions, digest of the code
+logs/           one file a rank
+metrics.jsonl, events.jsonl, tensorboard/, loss.png
+checkpoints/    see lhcp.checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lhcp
+from lhcp import config_file
+from lhcp.checkpoint.folder import remove_leftovers, set_aside
+from lhcp.checks import CONFIG_FILE
+from lhcp.config import ConfigError, RunConfig
+from lhcp.launch.snapshot import code_digest, copy_code
+from lhcp.metrics import STARTS_FILE, JsonLines, warn
+
+LOCK_FILE = "lock"
+CODE_FOLDER = "code"
+LOG_FOLDER = "logs"
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, made if needed, for this process; the system lets go of it when the process ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ConfigError(
+                f"output_dir {run_dir} is in use by {file.read().strip() or 'another process'}; wait for it to end, or "
+                f"choose another folder"
+            ) from None
+        except OSError:
+            warn(f"no lock on {run_dir}: its file system has none, so nothing keeps a second run out")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+def begin(run_dir: Path, config: RunConfig, first_step: int, device: torch.device) -> list[Path]:
+    """Record a start from step `first_step`, and clear the way for its checkpoints.
+
+    Returns:
+        Newer checkpoints, which were renamed: the run goes on before them.
+    """
+    remove_leftovers(run_dir)
+    aside = set_aside(run_dir, first_step)
+    copy_code(run_dir / CODE_FOLDER)
+    partial = run_dir / f".{CONFIG_FILE}.tmp"
+    partial.unlink(missing_ok=True)
+    config_file.save(config, partial)
+    partial.replace(run_dir / CONFIG_FILE)
+    starts = JsonLines(run_dir / STARTS_FILE)
+    starts.append(_start(config, first_step, device))
+    starts.close()
+    return aside
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers of a run depend on."""
+    found = {"lhcp": lhcp.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found | {"numpy": np.__version__}
+
+
+def now() -> str:
+    """ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def log_to(run_dir: Path, rank: int) -> None:
+    """Send this process's log records to its file under `logs`."""
+    folder = run_dir / LOG_FOLDER
+    folder.mkdir(exist_ok=True)
+    logging.basicConfig(
+        filename=folder / f"rank-{rank:05d}.log",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        force=True,
+    )
+
+
+def _start(config: RunConfig, first_step: int, device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    slurm = {key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if key in os.environ}
+    return {
+        "time": now(),
+        "step": first_step,
+        "dp": config.parallel.dp,
+        "cp": config.parallel.cp,
+        "host": platform.node(),
+        "device": name,
+        **slurm,
+        **versions(),
+        "code": code_digest(),
+        "command": sys.argv,
+    }

@@ -1,0 +1,266 @@
+"""`lhcp status`: how far a run is, from its folder alone. Imports no torch and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from lhcp import config_file
+from lhcp.checkpoint.folder import published, step_folder
+from lhcp.checkpoint.manifest import Checkpoint
+from lhcp.checks import CONFIG_FILE
+from lhcp.config import ConfigError, RunConfig, Section, StageMode
+from lhcp.flops import step_flops
+from lhcp.metrics import HELD_OUT, METRICS_FILE, STARTS_FILE, read_events, read_metrics
+
+State = Literal["waiting to start", "running or stopped", "finished"]
+"""A run does not say that it stops, so a folder cannot tell a slow run from one that was killed."""
+_STYLES: dict[State, str] = {"waiting to start": "yellow", "running or stopped": "cyan", "finished": "green"}
+_RECENT = 20
+"""Steps, or finite losses, that the mean loss and the speed are taken over."""
+_TIMED = 50
+"""Last steps of a stage that the time of a step is taken from."""
+_INDENT = 17
+
+Record = dict[str, Any]
+
+
+class CheckpointStatus(Section):
+    """A published checkpoint whose manifest is whole; its other files are not read."""
+
+    step: int
+    """Steps done."""
+    created: str
+    """ISO 8601."""
+    age_s: float
+
+
+class HeldOutStatus(Section):
+    """The last held-out loss of one kind."""
+
+    step: int
+    """Steps done."""
+    loss: float | None
+    """Nats per token, None when it was not finite."""
+
+
+class RunStatus(Section):
+    """What a run folder says at one time. None: there is no such value yet."""
+
+    run_dir: Path
+    state: State
+    step: int
+    """Steps done."""
+    total_steps: int
+    stage: StageMode
+    """Mode of the last step's stage, of the first stage before any step."""
+    stage_number: int
+    """From 1."""
+    num_stages: int
+    loss: float | None
+    """The last finite one, nats per token."""
+    mean_loss: float | None
+    """Over the last 20 finite ones."""
+    tokens_per_s_per_gpu: float | None
+    """Median of the last 20 steps."""
+    tokens: int
+    """Trained on so far."""
+    seconds_left: float | None
+    """Training time of the steps left, without evaluations."""
+    last_step_age_s: float | None
+    """Seconds since a step was logged."""
+    checkpoint: CheckpointStatus | None
+    """The newest that is not damaged."""
+    damaged_checkpoints: list[str]
+    """What is wrong with newer ones, newest first."""
+    num_checkpoints: int
+    """Published ones, damaged or not."""
+    restarts: int
+    skipped_steps: int
+    """Steps that were not finite and left the weights alone."""
+    held_out: dict[str, HeldOutStatus]
+    """By name of the event, in the order of the run's first evaluation."""
+
+
+def read_status(run_dir: Path, now: float) -> RunStatus:
+    """The state of the run in `run_dir` at `now`, in seconds since the epoch.
+
+    Raises:
+        ConfigError: the folder is no run's, or its configuration cannot be read.
+    """
+    config = _read_config(run_dir)
+    starts = _read_starts(run_dir)
+    steps, logged = _read_steps(run_dir, starts)
+    done = steps[-1]["step"] + 1 if steps else 0
+    stage = next((n for n, span in enumerate(_spans(config)) if done <= span.stop), len(config.stages) - 1)
+    losses = [record["loss"] for record in steps if record["loss"] is not None]
+    checkpoint, damaged = _last_checkpoint(run_dir, now)
+    saved = checkpoint is not None and checkpoint.step >= config.total_steps
+    state: State = "running or stopped" if steps else "waiting to start"
+    return RunStatus(
+        run_dir=run_dir,
+        state="finished" if done >= config.total_steps and saved else state,
+        step=done,
+        total_steps=config.total_steps,
+        stage=config.stages[stage].mode,
+        stage_number=stage + 1,
+        num_stages=len(config.stages),
+        loss=losses[-1] if losses else None,
+        mean_loss=fmean(losses[-_RECENT:]) if losses else None,
+        tokens_per_s_per_gpu=median(record["tokens_per_s_per_gpu"] for record in steps[-_RECENT:]) if steps else None,
+        tokens=steps[-1]["tokens"] if steps else 0,
+        seconds_left=_seconds_left(config, steps) if steps else None,
+        last_step_age_s=max(0.0, now - logged) if steps else None,
+        checkpoint=checkpoint,
+        damaged_checkpoints=damaged,
+        num_checkpoints=len(published(run_dir)),
+        restarts=max(0, len(starts) - 1),
+        skipped_steps=sum(None in (record["loss"], record["grad_norm"]) for record in steps),
+        held_out=_held_out(run_dir, done),
+    )
+
+
+def show(status: RunStatus) -> None:
+    """Print a status for people; plain text where stdout is not a terminal."""
+    console = Console(highlight=False)
+    age = "" if status.last_step_age_s is None else f"; last step {_duration(status.last_step_age_s)} ago"
+    title = Text.assemble(f"{status.run_dir}: ", (status.state, f"bold {_STYLES[status.state]}"), age)
+    console.print(title, soft_wrap=True)
+    for label, value, style in _rows(status):
+        console.print(Text.assemble((f"  {label:<{_INDENT - 2}}", "dim"), (value, style)), soft_wrap=True)
+
+
+def _rows(status: RunStatus) -> Iterator[tuple[str, str, str]]:
+    """Label, value and style of what there is to tell."""
+    share = math.floor(1000 * status.step / status.total_steps) / 10  # 100% only when all steps are done
+    yield "step", f"{status.step:,} of {status.total_steps:,} ({share:.1f}%)", "bold"
+    yield "stage", f"{status.stage} ({status.stage_number} of {status.num_stages})", ""
+    if status.loss is not None:
+        yield "loss", f"{status.loss:.4f} (mean of the last {_RECENT}: {status.mean_loss:.4f})", "bold"
+    if status.tokens_per_s_per_gpu is not None:
+        yield "speed", f"{status.tokens_per_s_per_gpu:,.0f} tokens/s/GPU", ""
+    yield "trained on", f"{status.tokens:,} tokens", ""
+    if status.seconds_left:
+        yield "time left", f"{_duration(status.seconds_left)} of training", ""
+    last = status.checkpoint
+    newest = f"after step {last.step:,}, {_duration(last.age_s)} ago; " if last else ""
+    yield "checkpoint", f"{newest}{status.num_checkpoints} published", ""
+    for message in status.damaged_checkpoints:
+        yield "", message.splitlines()[0], "bold red"
+    yield "restarts", f"{status.restarts:,}", ""
+    yield "skipped steps", f"{status.skipped_steps:,}", "yellow" if status.skipped_steps else ""
+    for number, (name, held_out) in enumerate(status.held_out.items()):
+        kind = name.removeprefix(HELD_OUT).strip("_").replace("_", " ") or "dense"
+        loss = "not finite" if held_out.loss is None else f"{held_out.loss:.4f}"
+        yield "" if number else "held out", f"{loss} after step {held_out.step:,} ({kind})", ""
+
+
+def _read_config(run_dir: Path) -> RunConfig:
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        reason = f"it has no {CONFIG_FILE}" if run_dir.is_dir() else "there is no such folder"
+        raise ConfigError(f"{run_dir} is not a run folder: {reason}; name the output_dir of a run")
+    try:
+        return config_file.load(path)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not a configuration of this version of lhcp:\n{error}") from None
+
+
+def _read_starts(run_dir: Path) -> list[Record]:
+    """One object for each start; none of a run that began before they were recorded."""
+    starts = []
+    with suppress(FileNotFoundError):
+        for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # torn by a kill
+                starts.append(json.loads(line))
+    return starts
+
+
+def _read_steps(run_dir: Path, starts: Sequence[Record]) -> tuple[list[Record], float]:
+    """The metrics of the steps done, and when the last of them was logged, in seconds since the epoch."""
+    try:
+        steps = read_metrics(run_dir)
+        logged = (run_dir / METRICS_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return [], 0.0
+    if starts and logged < datetime.fromisoformat(starts[-1]["time"]).timestamp():
+        # The last start has logged no step yet; those from its first on are done again.
+        steps = [record for record in steps if record["step"] < starts[-1]["step"]]
+    return steps, logged
+
+
+def _last_checkpoint(run_dir: Path, now: float) -> tuple[CheckpointStatus | None, list[str]]:
+    """The newest checkpoint that can be opened, and what is wrong with newer ones."""
+    damaged = []
+    for step in reversed(published(run_dir)):
+        try:
+            manifest = Checkpoint.open(step_folder(run_dir, step)).manifest
+        except ConfigError as error:
+            damaged.append(str(error))
+            continue
+        age = max(0.0, now - datetime.fromisoformat(manifest.created).timestamp())
+        return CheckpointStatus(step=step, created=manifest.created, age_s=age), damaged
+    return None, damaged
+
+
+def _held_out(run_dir: Path, done: int) -> dict[str, HeldOutStatus]:
+    """The last loss of each kind of evaluation among the first `done` steps."""
+    try:
+        events = read_events(run_dir)
+    except FileNotFoundError:
+        return {}
+    # Steps that a restart takes back stay in the file until they are done again.
+    counted = [event for event in events if event["event"].startswith(HELD_OUT) and event["step"] < done]
+    return {event["event"]: HeldOutStatus(step=event["step"] + 1, loss=event["loss"]) for event in counted}
+
+
+def _spans(config: RunConfig) -> list[range]:
+    """The steps of each stage."""
+    ends = list(accumulate(stage.steps for stage in config.stages))
+    return [range(end - stage.steps, end) for stage, end in zip(config.stages, ends, strict=True)]
+
+
+def _seconds_left(config: RunConfig, steps: Sequence[Record]) -> float:
+    """Training time of the steps that come after `steps`, which are not none."""
+    spans = _spans(config)
+    own: dict[int, float] = {}
+    for number, span in enumerate(spans):
+        if times := [record["step_s"] for record in steps if record["step"] in span]:
+            own[number] = median(times[-_TIMED:])
+    done: int = steps[-1]["step"] + 1
+    left = {number: span.stop - max(span.start, done) for number, span in enumerate(spans) if done < span.stop}
+    return sum(count * _step_seconds(config, own, number) for number, count in left.items())
+
+
+def _step_seconds(config: RunConfig, own: Mapping[int, float], number: int) -> float:
+    """Time of a step of stage `number`: its own, or that of another stage in proportion to the arithmetic.
+
+    Args:
+        config: of the run.
+        own: seconds by number of the stages that have run, at least one.
+        number: of the stage, from 0.
+    """
+    if number in own:
+        return own[number]
+    mode = config.stages[number].mode
+    like = max(own, key=lambda other: (config.stages[other].mode == mode, other))
+    return own[like] * step_flops(config, mode) / step_flops(config, config.stages[like].mode)
+
+
+def _duration(seconds: float) -> str:
+    """In its two largest units, such as `3 h 20 min`."""
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size:,} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"

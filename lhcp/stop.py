@@ -1,0 +1,73 @@
+"""Ending a run in order when it is told to: SIGTERM and SIGUSR1 are noted, and the trainer asks at each step.
+
+A rank that hangs never asks. So a thread of its own counts down from the first signal, writes where every thread of
+the process is, and ends it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_STOPPED = 75
+"""Exit code of a run that was told to stop and has saved: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
+EXIT_FORCED = 76
+"""Exit code of a rank that had not saved when its time was up."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was told to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The first signal."""
+
+
+@contextmanager
+def stop_on_signal(timeout_s: float) -> Iterator[StopRequest]:
+    """Note `SIGNALS` while the body runs, and exit with `EXIT_FORCED` when it goes on `timeout_s` seconds after one.
+
+    Must be entered in the main thread. The stacks of all threads are written to stderr before that exit.
+    """
+    request = StopRequest()
+    receiving, sending = os.pipe()
+    os.set_blocking(sending, False)
+    left = threading.Event()
+
+    def watch() -> None:
+        # The interpreter's C handler writes the number of the signal, even while the main thread hangs in C.
+        number = os.read(receiving, 1)
+        while number and number[0] not in SIGNALS:  # such as Ctrl-C
+            number = os.read(receiving, 1)
+        if not number:
+            return
+        request.signal = signal.Signals(number[0])
+        if not left.wait(timeout_s):
+            print(
+                f"error: still busy {timeout_s:g} s after {request.signal.name}; forced to exit, nothing was saved",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback()
+            os._exit(EXIT_FORCED)
+
+    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    previous_fd = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="stop", daemon=True)
+    watcher.start()
+    try:
+        yield request
+    finally:
+        left.set()
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        os.close(sending)
+        watcher.join()
+        os.close(receiving)
