@@ -7,9 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-import lhcp
-
-PACKAGE = Path(lhcp.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def copy_code(to: Path) -> None:

@@ -13,3 +13,10 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("lhcp", deadline=None, derandomize=True)
 settings.load_profile("lhcp")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults", "how much is broken (tests/dist/test_faults.py)")
+    group.addoption("--kills", type=int, default=60, help="kill -9 in runs, at random moments")
+    group.addoption("--damages", type=int, default=200, help="flipped bits and cut files, at random places")
+    group.addoption("--fault-seed", type=int, default=0, help="of these moments and places")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import RunConfig
 from lhcp.data import prepare
 from lhcp.parallelize import Mesh
@@ -53,9 +54,9 @@ def make_config(data: Path, dp: int, cp: int, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(values | changes).resolve(dp * cp)
 
 
-def make_trainer(config: RunConfig) -> Trainer:
+def make_trainer(config: RunConfig, checkpoint: Checkpoint | None = None) -> Trainer:
     device = torch.device("cpu")
-    return Trainer(config, Mesh.build(config.parallel, device), device)
+    return Trainer(config, Mesh.build(config.parallel, device), device, checkpoint)
 
 
 def largest_error(values: dict[str, Tensor], references: dict[str, Tensor]) -> float:

@@ -19,7 +19,7 @@ from lhcp.attention import select
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
 from lhcp.eval.held_out import no_attention
-from lhcp.model.llama import Llama
+from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.parallelize import full
 from lhcp.presets import MODEL_PRESETS
 
@@ -153,11 +153,42 @@ def test_no_attention_is_zero() -> None:
     assert not no_attention(0, q, q, q).any()
 
 
-def test_divergence_stops_before_the_weights_are_lost(data: Path) -> None:
+def poisoned(config: RunConfig, steps: set[int], rank: int) -> list[tuple[float, float, int, bool]]:
+    """Of each step: loss, gradient norm, updates so far, and whether weights changed; rank 1's gradient is NaN."""
+    trainer = make_trainer(config)
+    honest = trainer.gradients
+
+    def gradients(step: int, attention: AttentionFunction) -> Tensor:
+        loss = honest(step, attention)
+        if step in steps and rank == 1:
+            trainer.model.norm.weight.grad.to_local()[0] = torch.nan
+        return loss
+
+    trainer.gradients = gradients
+    seen = []
+    for _ in range(6):
+        kept = [full(p.detach()).clone() for p in trainer.model.parameters()]
+        loss, norm = trainer.train_step()
+        changed = any(not torch.equal(a, full(b)) for a, b in zip(kept, trainer.model.parameters(), strict=True))
+        seen.append((loss, norm, trainer.optimizer_steps, changed))
+    return seen
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(data: Path) -> None:
+    """A NaN in one rank's shard of the gradient: every rank leaves the weights alone, and goes on with the next."""
+    config = make_config(data, 1, 2, optim={"max_skipped_steps": 2})
+    for seen in run_ranks(2, partial(poisoned, config, {1, 2, 4})):
+        assert [math.isfinite(norm) for _, norm, _, _ in seen] == [True, False, False, True, False, True]
+        assert [updates for _, _, updates, _ in seen] == [1, 1, 1, 2, 2, 3]
+        assert [changed for _, _, _, changed in seen] == [True, False, False, True, False, True]
+
+
+def test_too_many_in_a_row_end_the_run_before_the_weights_are_lost(data: Path) -> None:
     def diverge(rank: int) -> tuple[str, bool]:
-        trainer = make_trainer(make_config(data, 1, 2, optim={"lr": 1e200, "warmup_steps": 0}))
+        trainer = make_trainer(make_config(data, 1, 2, optim={"lr": 1e200, "warmup_steps": 0, "max_skipped_steps": 1}))
         trainer.train_step()
         kept = [full(p.detach()).clone() for p in trainer.model.parameters()]
+        trainer.train_step()
         try:
             trainer.train_step()
         except FloatingPointError as error:
@@ -166,6 +197,7 @@ def test_divergence_stops_before_the_weights_are_lost(data: Path) -> None:
         return "", False
 
     for message, same in run_ranks(2, diverge):
-        assert message.startswith("step 2: the loss is ")
+        assert message.startswith("step 3: the loss is ")
+        assert "after 1 such step(s) in a row" in message
         assert "Lower optim.lr" in message
         assert same

@@ -1,0 +1,20 @@
+"""Reading what runs have saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lhcp.checkpoint.folder import step_folder
+from lhcp.checkpoint.index import read_index
+from lhcp.checkpoint.manifest import Checkpoint
+from lhcp.checkpoint.storage import read_tensor
+
+
+def published_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint after `step` steps, whole, after comparing its files with their checksums."""
+    checkpoint = Checkpoint.open(step_folder(run_dir, step))
+    checkpoint.verify()
+    index = read_index(checkpoint)
+    return {name: read_tensor(checkpoint, index, name) for name in index}
