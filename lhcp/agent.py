@@ -8,6 +8,7 @@ for the ranks, which save and end (see `lhcp.stop`).
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -28,11 +30,12 @@ TOLD = (2, EXIT_STOPPED, EXIT_FORCED)
 
 def main(arguments: Sequence[str]) -> int:
     """Run until all ranks have ended: 0, or the code of the first that failed; 128 + n for signal n."""
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
     for number in SIGNALS:
         signal.signal(number, _pass_on)
+    # It says of each rank that ended what is said better below.
+    logging.getLogger(api.__name__).setLevel(logging.CRITICAL)
     try:
-        run.run(run.get_args_parser().parse_args(list(arguments)))
+        run.run(run.get_args_parser().parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

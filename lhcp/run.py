@@ -41,7 +41,7 @@ def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLog
         _report(saver.collect(block=due), logger)
         if due:
             if saver.failed:
-                raise SaveError(f"the last {MAX_FAILURES} checkpoints could not be written")
+                raise SaveError(f"the last {MAX_FAILURES} checkpoints could not be written: {saver.last_error}")
             saver.start(trainer.state(), trainer.manifest())
         if stopping:
             _finish(saver, logger)

@@ -121,9 +121,9 @@ def train(
     if env.rank == 0 and finished:
         plot_loss(run_dir)
     elif env.rank == 0:
-        assert request.signal is not None
+        told = request.signal.name if request.signal else "a signal to another rank"
         print(
-            f"stopped by {request.signal.name} after step {trainer.done} of {config.total_steps}, which is saved; "
+            f"stopped by {told} after step {trainer.done} of {config.total_steps}, which is saved; "
             f"go on by --resume last",
             flush=True,
         )

@@ -57,6 +57,8 @@ class Saver:
         )
         self._pending: tuple[int, float, Future[object]] | None = None
         self._failures = 0
+        self.last_error: str | None = None
+        """Why the save that was collected last has failed."""
 
     def start(self, tensors: dict[str, Tensor], manifest: Manifest) -> None:
         """Begin the checkpoint after `manifest.step` steps. When this returns, the tensors may change again."""
@@ -81,6 +83,7 @@ class Saver:
         except CheckpointException as failure:
             error = _reason(failure)
         self._failures = self._failures + 1 if error else 0
+        self.last_error = error
         return Saved(step, time.perf_counter() - started, error)
 
     @property
