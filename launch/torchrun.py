@@ -34,8 +34,8 @@ def environment(nproc: int) -> dict[str, str]:
 def run(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence[str] = ()) -> int:
     """Train `config_path` in `nproc` processes and wait for them.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to torchrun, which passes them on to the processes. Call it from the main
-    thread: only there can signals be handled.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to torchrun, which passes them on to the processes. Call it from
+    the main thread: only there can signals be handled.
 
     Returns:
         The exit code: 0 when all processes succeeded, else that of the first that failed; 128 + n for signal n.

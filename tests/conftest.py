@@ -7,6 +7,7 @@ import os
 # Several ranks share the cores, and a process is forked safely only without a thread pool.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import settings
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ranks  # noqa: F401  (likewise)
 import torch.utils.tensorboard  # noqa: F401  (imported once here, not in every forked process)
 from torch.distributed import TCPStore
 
-import ranks  # noqa: F401  (likewise)
 from lhcp import train
 
 
@@ -47,10 +47,10 @@ class ForkedRun:
                 self.codes[rank] = os.waitstatus_to_exitcode(status)
         return sorted(self._pids.keys() - self.codes.keys())
 
-    def send(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+    def send(self, number: signal.Signals, to: Sequence[int] | None = None) -> None:
         """Signal these ranks, or all, as far as they are alive."""
         for rank in self.alive():
-            if ranks is None or rank in ranks:
+            if to is None or rank in to:
                 os.kill(self._pids[rank], number)
 
     def wait(self, timeout: float = 60.0) -> list[int]:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from lhcp.checkpoint.folder import FOLDER, prune, step_folder
+from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, step_folder
 from lhcp.checkpoint.manifest import Manifest
 from lhcp.checkpoint.storage import CheckpointWriter
 
@@ -82,6 +82,8 @@ class Saver:
             future.result()
         except CheckpointException as failure:
             error = _reason(failure)
+            if dist.get_rank() == 0:
+                remove_leftovers(self._run_dir)  # every rank has stopped writing; a full disk needs the room
         self._failures = self._failures + 1 if error else 0
         self.last_error = error
         return Saved(step, time.perf_counter() - started, error)

@@ -21,9 +21,7 @@ SHARDINGS: list[Sharding] = ["zigzag", "contiguous"]
 SEQ_LEN = 720
 CONFIGS = {
     "norm": LighthouseConfig(num_levels=3, pooling_factor=3, topk=40, num_strata=8),
-    "dilated": LighthouseConfig(
-        num_levels=3, pooling_factor=3, topk=40, num_strata=8, scorer="dilated", dilation=5
-    ),
+    "dilated": LighthouseConfig(num_levels=3, pooling_factor=3, topk=40, num_strata=8, scorer="dilated", dilation=5),
     "dense": None,
 }
 
@@ -92,9 +90,7 @@ def largest_error(result: Result, reference: Result) -> float:
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_degree_computes_what_one_process_does(
-    world: int, sharding: Sharding, kv_heads: int, kind: str
-) -> None:
+def test_every_degree_computes_what_one_process_does(world: int, sharding: Sharding, kv_heads: int, kind: str) -> None:
     reference = one_process(kind, kv_heads)
     result = many_processes(kind, kv_heads, world, sharding)
     if kind != "dense":

@@ -1,11 +1,13 @@
-"""kill -9 of one rank or all, at any moment: whatever is started again ends with the weights of a run left alone.
+"""Faults at random: kill -9 at any moment, damage anywhere in checkpoints and data.
 
-`--kills N` sets the number of kills; the moments are drawn from a seed that is printed with a failure.
+`--kills N` and `--damages N` set how many, `--fault-seed N` which. The long form is
+`pytest tests/dist/test_faults.py --kills 200 --damages 500`.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import damage
 from forked_runs import ForkedRun, kill_at_file_operation, only_on, run_to_end
 from runs import make_config, write_data
 from saved import published_tensors
@@ -20,7 +23,10 @@ from torch import Tensor
 
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, published, step_folder
-from lhcp.checkpoint.manifest import Checkpoint
+from lhcp.checkpoint.manifest import Checkpoint, FileEntry
+from lhcp.config import ConfigError
+from lhcp.data import verify_shards
+from lhcp.files import sha256_of, write_checked
 from lhcp.metrics import read_metrics
 
 STEPS = 20
@@ -111,3 +117,104 @@ def test_killed_runs_end_as_if_nothing_had_happened(
         campaign.one_run()
     with capsys.disabled():
         print(f"\nseed {seed}: {campaign.kills} kills in {campaign.starts} starts of {campaign.runs} runs")
+
+
+@dataclass
+class Finished:
+    """A run that has ended, with what it began with and the two checkpoints that it kept."""
+
+    config: Path
+    run_dir: Path
+    data: Path
+    final: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    campaign = Campaign(folder, write_data(folder), random.Random(0))
+    final, _ = campaign.reference((1, 2))
+    run_dir = folder / "left-alone-(1, 2)"
+    return Finished(run_dir.with_suffix(".yaml"), run_dir, campaign.data, final)
+
+
+def test_every_damage_is_detected(finished: Finished, pytestconfig: pytest.Config) -> None:
+    """One bit, a cut or an addition in any file of a checkpoint or of the data; the message names a file there."""
+    generator = random.Random(pytestconfig.getoption("fault_seed"))
+    newest = step_folder(finished.run_dir, STEPS)
+    count = pytestconfig.getoption("damages")
+    for number in range(count):
+        folder = finished.data if number % 3 == 0 else newest
+        path = generator.choice(sorted(folder.iterdir()))
+        content = path.read_bytes()
+        what = damage(path, generator)
+        try:
+            with pytest.raises(ConfigError) as caught:
+                verify_shards(folder) if folder == finished.data else Checkpoint.open(folder).verify()
+            assert str(folder) in str(caught.value), what
+        finally:
+            path.write_bytes(content)
+    verify_shards(finished.data)
+    Checkpoint.open(newest).verify()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.json.sha256", "index.json", "rank-00001.safetensors"])
+def test_a_damaged_checkpoint_is_refused_and_last_good_takes_the_one_before(
+    finished: Finished, tmp_path: Path, name: str
+) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "out.txt"
+    shutil.copytree(finished.run_dir, run_dir)
+    path = step_folder(run_dir, STEPS) / name
+    what = damage(path, random.Random(name))
+    arguments = [str(finished.config), "--set", f"output_dir={run_dir}", "--resume"]
+    assert run_to_end(2, [*arguments, "last"], output)[0] == 2, what
+    message = output.read_text()
+    assert message.startswith("error: ")
+    assert str(path).removesuffix(".sha256") in message
+    assert message.endswith("go on from the newest whole checkpoint with --resume last-good\n")
+    assert published(run_dir) == [STEPS - 2, STEPS], "a refusal changes nothing"
+
+    assert run_to_end(2, [*arguments, "last-good"], output) == [0, 0]
+    found = published_tensors(run_dir, STEPS)
+    assert all(torch.equal(found[key], finished.final[key]) for key in finished.final)
+    assert (run_dir / FOLDER / f"set-aside-1-step-{STEPS:08d}" / name).exists(), "nothing is deleted"
+
+
+def test_damaged_data_is_refused(finished: Finished, tmp_path: Path) -> None:
+    shutil.copytree(finished.data, tmp_path / "tokens")
+    shard = tmp_path / "tokens" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"!\0")  # a token, as good as any
+    output = tmp_path / "out.txt"
+    arguments = [str(finished.config), "--set", f"output_dir={tmp_path / 'run'}"]
+    assert run_to_end(2, [*arguments, "--set", f"data.path={tmp_path / 'tokens'}"], output)[0] == 2
+    assert "train-00000.bin is damaged" in output.read_text()
+    assert not (tmp_path / "run" / FOLDER).exists()
+
+
+def test_nothing_is_unpickled(finished: Finished, tmp_path: Path) -> None:
+    """A checkpoint by someone who can make checksums, too: its files hold a pickle that would run a command."""
+    run_dir, output, trace = tmp_path / "run", tmp_path / "out.txt", tmp_path / "unpickled"
+    shutil.copytree(finished.run_dir, run_dir)
+    folder = step_folder(run_dir, STEPS - 2)
+    shutil.rmtree(step_folder(run_dir, STEPS))
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        torch.save(Payload(trace), folder / name)
+    manifest = Checkpoint.open(folder).manifest
+    files = {
+        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+        for name in manifest.files
+    }
+    write_checked(folder / "manifest.json", manifest.model_copy(update={"files": files}).model_dump_json())
+    codes = run_to_end(2, [str(finished.config), "--set", f"output_dir={run_dir}", "--resume", "last"], output)
+    assert codes[0] not in (0, 75)
+    assert not trace.exists()
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[(1, 2), (2, 1)], ids=["cp2", "dp2"])
-def whole(request: pytest.FixtureRequest, data: Path) -> Iterator[RunConfig]:
+def whole(request: pytest.FixtureRequest, data: Path) -> RunConfig:
     """A run that was never stopped, with a checkpoint after every step."""
     dp, cp = request.param
     run_dir = data.parent / f"whole-{dp}-{cp}"
@@ -44,7 +43,7 @@ def whole(request: pytest.FixtureRequest, data: Path) -> Iterator[RunConfig]:
     config_file.save(config, run_dir.with_suffix(".yaml"))
     assert run_to_end(2, [str(run_dir.with_suffix(".yaml"))], run_dir.with_suffix(".txt")) == [0, 0]
     assert published(run_dir) == list(range(1, STEPS + 1))
-    yield config
+    return config
 
 
 def go_on(config: RunConfig, folders: list[Path], rank: int) -> list[tuple[State, list[float]]]:
@@ -189,6 +188,6 @@ def test_deterministic_runs_are_bit_identical(data: Path, tmp_path: Path) -> Non
 
 def test_no_checkpoint_is_a_pickle(whole: RunConfig) -> None:
     """Every file is JSON, a checksum, or safetensors: none begins like a pickle or a zip of them."""
-    files = [path for path in step_folder(whole.output_dir, STEPS).iterdir()]
+    files = list(step_folder(whole.output_dir, STEPS).iterdir())
     assert {path.suffix for path in files} == {".json", ".sha256", ".safetensors"}
     assert all(path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK") for path in files)

@@ -18,7 +18,7 @@ from saved import published_tensors
 from lhcp import config_file
 from lhcp.checkpoint.folder import published
 from lhcp.data import BatchLoader
-from lhcp.metrics import read_metrics
+from lhcp.metrics import METRICS_FILE, read_metrics
 from lhcp.stop import EXIT_FORCED, EXIT_STOPPED
 
 STEPS = 20
@@ -46,7 +46,8 @@ def write_config(data: Path, run_dir: Path, **checkpoint: float) -> str:
 def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and read_metrics(run_dir)[-1:] and read_metrics(run_dir)[-1]["step"] >= step:
+        done = read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else []
+        if done and done[-1]["step"] >= step:
             return
         time.sleep(0.002)
     raise AssertionError(f"{run_dir} has not come to step {step}")

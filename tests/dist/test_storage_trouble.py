@@ -112,6 +112,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_it_resumes(
         assert run.wait() == [1, 1]
         assert "error: the last 3 checkpoints could not be written: rank " in output.read_text()
         assert len(all_whole(run_dir)) == 1
+        assert len(list((run_dir / FOLDER).iterdir())) == 1, "half-written files use up the disk"
         (disk / "filler").unlink()
         assert run_to_end(2, arguments, output) == [0, 0]
         final = published_tensors(run_dir, STEPS)
