@@ -143,10 +143,10 @@ def test_data_verify(tmp_path: Path) -> None:
 def test_train_starts_one_process_per_rank(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cp: int, dp: str, nproc: int
 ) -> None:
-    calls: list[tuple[Path, list[str], int]] = []
+    calls: list[tuple[Path, list[str], int, list[str]]] = []
 
-    def record(config: Path, overrides: list[str], nproc: int) -> int:
-        calls.append((config, list(overrides), nproc))
+    def record(config: Path, overrides: list[str], nproc: int, flags: list[str]) -> int:
+        calls.append((config, list(overrides), nproc, flags))
         return 7
 
     monkeypatch.setattr(torchrun, "run", record)
@@ -159,4 +159,8 @@ def test_train_starts_one_process_per_rank(
     arguments = ["train", str(EXAMPLE), *(word for override in overrides for word in ("--set", override))]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 7, result.output
-    assert calls == [(EXAMPLE, overrides, nproc)]
+    assert calls == [(EXAMPLE, overrides, nproc, [])]
+
+    resuming = ["--resume", "last", "--allow-change", "model", "--allow-change", "data"]
+    CliRunner().invoke(cli.app, [*arguments, *resuming])
+    assert calls[1:] == [(EXAMPLE, overrides, nproc, resuming)]

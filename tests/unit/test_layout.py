@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "config_file": {"config", "presets", "checkpoint"},
     "hf": {"config", "checkpoint", "files", "data"},
     "files": {"config"},
+    "checkpoint": {"config", "distributed", "files", "metrics"},
+    "stop": set(),
     "metrics": set(),
     "plot": {"metrics"},
     "data": {"config", "files"},

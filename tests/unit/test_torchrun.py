@@ -22,6 +22,7 @@ def test_command() -> None:
     assert "--nproc-per-node=4" in command
     assert command[-7:] == ["-m", "lhcp.train", "run.yaml", "--set", "optim.lr=1e-3", "--set", "seed=1"]
     assert not any("port" in word for word in command)
+    assert torchrun.command(Path("run.yaml"), [], 1, ["--resume", "last"])[-3:] == ["run.yaml", "--resume", "last"]
 
 
 def test_cores_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,66 @@
+"""Signals in one process; how ranks agree is in tests/dist/test_stop.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lhcp.stop import EXIT_FORCED, SIGNALS, stop_on_signal
+
+
+def wait(condition: object) -> None:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with stop_on_signal(5) as request:
+        assert request.signal is None
+        os.kill(os.getpid(), number)
+        wait(lambda: request.signal)
+        os.kill(os.getpid(), SIGNALS[0])
+        assert request.signal == number, "the first counts"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_is_none_of_them() -> None:
+    with stop_on_signal(0.05) as request:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert request.signal is None
+
+
+def test_leaving_in_time_ends_the_countdown() -> None:
+    with stop_on_signal(0.2) as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait(lambda: request.signal)
+    time.sleep(0.3)
+
+
+def test_no_wait_in_c_outlasts_the_time() -> None:
+    """A main thread that is inside a C function, which runs no Python and gives signals no chance to be handled."""
+    code = (
+        "import ctypes, os, signal\n"
+        "from lhcp.stop import stop_on_signal\n"
+        "with stop_on_signal(0.2):\n"
+        "    print('ready', flush=True)\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    while True: libc.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGUSR1)
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == EXIT_FORCED
+    assert b"still busy 0.2 s after SIGUSR1" in err
+    assert b"most recent call first" in err
