@@ -110,7 +110,6 @@ def train(
         trainer = Trainer(config, Mesh.build(config.parallel, device), device, checkpoint)
         aside = on_rank_zero(lambda: run_folder.begin(run_dir, config, trainer.done, device))
         saver = Saver(run_dir, config.checkpoint.keep, device)
-        stack.callback(saver.close)
         logging.info("rank %d of %d begins with step %d", env.rank, env.world_size, trainer.done + 1)
         logger = None
         if env.rank == 0:

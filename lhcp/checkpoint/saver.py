@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, step_folder
@@ -49,12 +49,8 @@ class Saver:
         self._run_dir, self._keep = run_dir, keep
         # Collectives of a thread must not mix with those of training.
         self._group = dist.new_group(backend="gloo")
-        pinned = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=pinned
-            )
-        )
+        # On a GPU into pinned memory, kept for the next save. DefaultStager cannot stage twice in torch 2.11.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
         self._pending: tuple[int, float, Future[object]] | None = None
         self._failures = 0
         self.last_error: str | None = None
@@ -92,10 +88,6 @@ class Saver:
     def failed(self) -> bool:
         """Whether too many saves in a row have failed: the same on every rank once they have collected the same."""
         return self._failures >= MAX_FAILURES
-
-    def close(self) -> None:
-        """Free the host memory."""
-        self._stager.close()
 
     def _prune(self) -> None:
         prune(self._run_dir / FOLDER, self._keep)

@@ -15,7 +15,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def state_tensors(model: nn.Module, optimizer: torch.optim.AdamW | None) -> dict[str, Tensor]:
     """Parameters as `model.NAME`, AdamW's moments as `optimizer.MOMENT.NAME`."""
     parameters = dict(model.named_parameters())
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in parameters.items()}
+    tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in parameters.items()}
     if optimizer is not None:
         for moment in _MOMENTS:
             tensors |= {f"optimizer.{moment}.{name}": optimizer.state[p][moment] for name, p in parameters.items()}

@@ -167,7 +167,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(data: Path, tmp_path: Pa
         assert saved is not None
         assert saved.error is None
         assert saved.seconds >= 1
-        saver.close()
         return steps, state
 
     for steps, state in run_ranks(2, steps_meanwhile):
