@@ -35,7 +35,11 @@ def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLog
     total, every = config.total_steps, config.checkpoint.every
     _evaluate_if_due(trainer, logger)  # a kill may have come between this checkpoint and its evaluation
     while trainer.done < total:
-        _step(trainer, logger)
+        try:
+            _step(trainer, logger)
+        except FloatingPointError:
+            _report(saver.collect(block=True), logger)  # the one being written is still good
+            raise
         stopping = on_any_rank(request.signal is not None, trainer.device)
         due = stopping or trainer.done == total or (every > 0 and trainer.done % every == 0)
         _report(saver.collect(block=due), logger)

@@ -26,7 +26,7 @@ import torch
 
 import lhcp
 from lhcp import config_file
-from lhcp.checkpoint.folder import remove_leftovers, set_aside
+from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, set_aside
 from lhcp.checks import CONFIG_FILE
 from lhcp.config import ConfigError, RunConfig
 from lhcp.launch.snapshot import code_digest, copy_code
@@ -70,6 +70,7 @@ def begin(run_dir: Path, config: RunConfig, first_step: int, device: torch.devic
     """
     remove_leftovers(run_dir)
     aside = set_aside(run_dir, first_step)
+    prune(run_dir / FOLDER, config.checkpoint.keep)  # a kill may have come between a publication and this
     copy_code(run_dir / CODE_FOLDER)
     partial = run_dir / f".{CONFIG_FILE}.tmp"
     partial.unlink(missing_ok=True)
