@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lhcp.stop import EXIT_FORCED, EXIT_STOPPED, SIGNALS
 
 # Exit codes of ranks that have said why.
-TOLD = (2, EXIT_STOPPED, EXIT_FORCED)
+TOLD = (1, 2, EXIT_STOPPED, EXIT_FORCED)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -79,7 +79,8 @@ def _report(config: RunConfig) -> int:
     text = TokenDataset(config.data.path, "train")
     tokens = text.read(0, text.num_tokens)
     unigram, bigram = unigram_entropy(tokens), bigram_entropy(tokens)
-    losses = {event["event"]: event["loss"] for event in metrics.read_events(config.output_dir)}
+    events = [event for event in metrics.read_events(config.output_dir) if event["event"].startswith(metrics.HELD_OUT)]
+    losses = {event["event"]: event["loss"] for event in events}
     dense, without = losses[metrics.HELD_OUT], losses[f"{metrics.HELD_OUT}_no_attention"]
 
     table = Table(title="held-out loss of the finished, dense model")

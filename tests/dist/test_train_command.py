@@ -56,7 +56,9 @@ def test_one_and_two_processes_leave_the_same_run(config: Path) -> None:
         out = config.parent / f"cp{cp}"
         result = lhcp("train", config, "--set", f"parallel.cp={cp}", "--set", f"output_dir={out}")
         assert result.returncode == 0, result.stderr
-        runs[cp] = (read(out / "metrics.jsonl"), read(out / "events.jsonl"))
+        events = read(out / "events.jsonl")
+        assert [event["step"] for event in events if event["event"] == "checkpoint"] == [3]
+        runs[cp] = (read(out / "metrics.jsonl"), [event for event in events if event["event"] != "checkpoint"])
         assert (out / "loss.png").stat().st_size > 10_000
         assert any((out / "tensorboard").iterdir())
         saved = yaml.safe_load((out / "config.yaml").read_text())
@@ -91,11 +93,12 @@ def test_the_demo_at_one_and_two_processes(tmp_path: Path) -> None:
 
 def test_divergence_is_one_message(config: Path) -> None:
     out = config.parent / "diverged"
-    wild = [f"output_dir={out}", "optim.lr=1e200", "optim.warmup_steps=0"]
+    wild = [f"output_dir={out}", "optim.lr=1e200", "optim.warmup_steps=0", "optim.max_skipped_steps=1"]
     result = lhcp("train", config, *(word for s in wild for word in ("--set", s)))
     assert result.returncode == 1
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert messages[0].startswith("error: step 2: the loss is ")
+    assert messages[0].startswith("error: step 3: the loss is ")
+    assert "skipped after step 2: loss 5.5" in result.stdout
     assert "Traceback" not in result.stderr
 
 
@@ -105,7 +108,10 @@ def test_a_run_folder_is_never_overwritten(config: Path) -> None:
     (out / "metrics.jsonl").write_text("precious\n")
     result = lhcp("train", config, "--set", f"output_dir={out}")
     assert result.returncode == 2
-    assert result.stderr == f"error: output_dir {out} already holds a run; choose another folder\n"
+    assert (
+        result.stderr
+        == f"error: output_dir {out} already holds a run; go on with it by --resume last, or choose another folder\n"
+    )
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("metrics.jsonl", "precious\n")]
 
 
