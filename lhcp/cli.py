@@ -160,8 +160,10 @@ def export(
     print(
         f"{to}: Llama of {done.parameters:,} parameters for up to {manifest.seq_len:,} tokens, step {manifest.step:,}"
     )
-    print(f"  weights    {done.dtype}, {done.files:,} file(s), {done.weight_bytes / 1e9:,.3f} GB")
+    print(f"  weights    {done.dtype}, {done.files:,} file(s), {_size(done.weight_bytes)}")
     print(f"  tokenizer  {'byte-level' if done.has_tokenizer else 'none: the checkpoint does not say which'}")
+    if manifest.model.dim % manifest.model.num_heads:
+        print("  note       transformers 5 reads no model whose num_heads does not divide its dim; transformers 4 does")
 
 
 @app.command("import")
@@ -180,10 +182,14 @@ def import_(
     parameters, dtypes = sum(prod(tensor.shape) for tensor in tensors), sorted({tensor.dtype for tensor in tensors})
     written = sum(file.bytes for file in manifest.files.values())
     print(f"{to}: Llama of {parameters:,} parameters for up to {manifest.seq_len:,} tokens")
-    print(f"  weights    {' and '.join(dtypes)}, {written / 1e9:,.3f} GB")
+    print(f"  weights    {' and '.join(dtypes)}, {_size(written)}")
     print("  tokenizer  not imported: a run trains on what `lhcp data prepare` wrote")
     print("\nA run starts from it with these lines in its file:\n")
     print(yaml.safe_dump({"model": {"init_from": str(to)}}, allow_unicode=True), end="")
+
+
+def _size(written: int) -> str:
+    return f"{written / 1e9:,.2f} GB" if written >= 1e9 else f"{written / 1e6:,.2f} MB"
 
 
 def _find_checkpoint(run: Path, step: int | None) -> Checkpoint:

@@ -21,7 +21,7 @@ PLAIN = ModelConfig(vocab_size=257, dim=32, num_layers=2, num_heads=4, num_kv_he
 LLAMA3 = Llama3RopeScaling(factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64)
 MODELS = {
     "GQA": PLAIN,
-    "MHA": PLAIN.model_copy(update={"num_kv_heads": 4, "head_dim": 8, "norm_eps": 1e-3}),
+    "MHA": PLAIN.model_copy(update={"num_kv_heads": 4, "head_dim": 8, "norm_eps": 1e-3, "rope_theta": 700.0}),
     "tied": PLAIN.model_copy(update={"tie_embeddings": True}),
     "linear": PLAIN.model_copy(update={"rope_scaling": LinearRopeScaling(factor=3.0), "rope_theta": 500.0}),
     "llama3": PLAIN.model_copy(update={"rope_scaling": LLAMA3, "num_kv_heads": 1}),

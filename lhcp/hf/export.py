@@ -61,8 +61,9 @@ def export_model(
         max_shard_bytes: of the weights in one file; a larger tensor has a file of its own.
 
     Raises:
-        ConfigError: `out` is in use, or cannot be written.
+        ConfigError: `out` is in use, or its weights cannot be written.
         DamagedError: a file of the checkpoint is not what was written.
+        OSError: the folder or a small file cannot be written.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

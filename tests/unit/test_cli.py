@@ -83,7 +83,7 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str]) -> None:
 def test_help_and_version(tmp_path: Path) -> None:
     help_ = lhcp_command("--help", cwd=tmp_path)
     assert help_.returncode == 0
-    for command in ("train", "status", "data", "demo"):
+    for command in ("train", "status", "data", "export", "import", "demo"):
         assert command in help_.stdout
     version = lhcp_command("--version", cwd=tmp_path)
     assert (version.returncode, version.stdout) == (0, f"lhcp {lhcp.__version__}\n")

@@ -83,6 +83,46 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["model.preset: given 'tinny', must be one of: tiny, llama-530m; did you mean 'tiny'?"],
     ),
     "preset of another type": (["model.preset=[tiny]"], ["model.preset: given ['tiny'], must be one of: tiny, "]),
+    "unknown RoPE": (
+        ["model.rope_scaling={type: yarn}"],
+        ["model.rope_scaling.type: given 'yarn', must be 'linear' or 'llama3'"],
+    ),
+    "no RoPE type": (
+        ["model.rope_scaling.factor=3"],
+        ["model.rope_scaling.type: required, must be 'linear' or 'llama3'"],
+    ),
+    "RoPE as a number": (
+        ["model.rope_scaling=3"],
+        ["model.rope_scaling: given 3, must be a section with type: 'linear' or 'llama3'"],
+    ),
+    "missing key of a RoPE": (["model.rope_scaling={type: linear}"], ["model.rope_scaling.factor: required"]),
+    "unknown key of a RoPE": (
+        ["model.rope_scaling={type: linear, factor: 2, factr: 3}"],
+        ["model.rope_scaling.factr: unknown key; did you mean 'factor'? valid in model.rope_scaling: type, factor"],
+    ),
+    "unknown key of the other RoPE": (
+        [
+            "model.rope_scaling={type: llama3, factor: 2, low_freq_factor: 1, high_freq_factor: 4, "
+            "original_max_position_embeddings: 8192, base: 3}"
+        ],
+        ["model.rope_scaling.base: unknown key; valid in model.rope_scaling: type, factor, low_freq_factor, "],
+    ),
+    "value of a RoPE": (
+        ["model.rope_scaling={type: linear, factor: fast}"],
+        ["model.rope_scaling.factor: given 'fast', must be a number"],
+    ),
+    "limit of a RoPE": (
+        ["model.rope_scaling={type: linear, factor: 0.5}"],
+        ["model.rope_scaling.factor: given 0.5, must be at least 1"],
+    ),
+    "order in a RoPE": (
+        [
+            "model.rope_scaling={type: llama3, factor: 2, low_freq_factor: 4, high_freq_factor: 4, "
+            "original_max_position_embeddings: 8192}"
+        ],
+        ["model.rope_scaling: high_freq_factor 4 must be greater than low_freq_factor 4"],
+    ),
+    "tied as a number": (["model.tie_embeddings=1"], ["model.tie_embeddings: given 1, must be true or false"]),
     "heads": (["model.num_kv_heads=3"], ["num_kv_heads 3 does not divide num_heads 2; valid: [1, 2]"]),
     "long value": (["dtype=" + "x" * 500], ["dtype: given 'xxx", "..., must be 'float32' or"]),
     # Several sections at once, checked by resolve.
@@ -151,6 +191,8 @@ WRONG_OVERRIDES = {
     "optim.lr.x=3": "override 'optim.lr.x=3': optim.lr is not a section or a list in the file; set optim.lr as a whole",
     "optim.betas.0=0.5": "override 'optim.betas.0=0.5': optim.betas is not a section or a list in the file; "
     "set optim.betas as a whole",
+    "model.rope_scaling.factor.x=3": "override 'model.rope_scaling.factor.x=3': model.rope_scaling.factor is not a "
+    "section or a list in the file; set model.rope_scaling.factor as a whole",
     "stages.2.steps=5": "override 'stages.2.steps=5': '2' is not an index of the list stages; valid: 0 to 1",
     "stages.-1.steps=5": "override 'stages.-1.steps=5': '-1' is not an index of the list stages; valid: 0 to 1",
     "stages.all=5": "override 'stages.all=5': 'all' is not an index of the list stages; valid: 0 to 1",

@@ -161,14 +161,15 @@ def test_without_a_known_tokenizer_there_is_none(tmp_path: Path, data: DataEntry
 
 
 def test_rope_is_in_both_spellings() -> None:
-    values = to_hf(PLAIN.model_copy(update={"rope_scaling": LLAMA3}), 512, "float32", None)
+    plain = PLAIN.model_copy(update={"rope_theta": 900.0})
+    values = to_hf(plain.model_copy(update={"rope_scaling": LLAMA3}), 512, "float32", None)
     llama3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
               "original_max_position_embeddings": 64}  # fmt: skip
-    assert (values["rope_theta"], values["rope_scaling"]) == (10_000.0, llama3)
-    assert values["rope_parameters"] == {"rope_theta": 10_000.0, **llama3}
-    values = to_hf(PLAIN, 512, "float32", None)
-    assert (values["rope_theta"], values["rope_scaling"]) == (10_000.0, None)
-    assert values["rope_parameters"] == {"rope_theta": 10_000.0, "rope_type": "default"}
+    assert (values["rope_theta"], values["rope_scaling"]) == (900.0, llama3)
+    assert values["rope_parameters"] == {"rope_theta": 900.0, **llama3}
+    values = to_hf(plain, 512, "float32", None)
+    assert (values["rope_theta"], values["rope_scaling"]) == (900.0, None)
+    assert values["rope_parameters"] == {"rope_theta": 900.0, "rope_type": "default"}
 
 
 def write_on_ranks(folder: Path, config: ModelConfig, rank: int, world: int) -> None:

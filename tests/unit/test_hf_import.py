@@ -20,7 +20,7 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, LinearRopeScaling, ModelConfig
 from lhcp.files import DamagedError
 from lhcp.hf import importer
-from lhcp.hf.config import from_hf, to_hf
+from lhcp.hf.config import from_hf
 from lhcp.hf.export import export_model
 from lhcp.hf.importer import import_model
 
@@ -282,7 +282,7 @@ def test_what_is_there_is_kept(tmp_path: Path, hf_dir: Path) -> None:
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, hf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FullDisk(importer.CheckpointWriter):
-        def finish(self, *args: Any) -> None:
+        def finish(self, **written: Any) -> None:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(importer, "CheckpointWriter", FullDisk)
@@ -305,8 +305,8 @@ def test_the_commands(tmp_path: Path) -> None:
 
     text = lhcp("export", run, "--to", tmp_path / "hf")
     assert text.splitlines() == [
-        f"{tmp_path / 'hf'}: Llama of 33,760 parameters for up to 512 tokens, step 7",
-        "  weights    float32, 1 file(s), 0.000 GB",
+        f"{tmp_path / 'hf'}: Llama of 32,736 parameters for up to 512 tokens, step 7",
+        "  weights    float32, 1 file(s), 0.13 MB",
         "  tokenizer  byte-level",
     ]
     assert_same(read_all(import_model(tmp_path / "hf", tmp_path / "newest")), models[12])
@@ -318,7 +318,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
     text = lhcp("import", tmp_path / "hf", "--to", tmp_path / "start")
     assert text.startswith(
-        f"{tmp_path / 'start'}: Llama of 33,760 parameters for up to 512 tokens\n  weights    float32, "
+        f"{tmp_path / 'start'}: Llama of 32,736 parameters for up to 512 tokens\n  weights    float32, "
     )
     lines = yaml.safe_load(text.partition("\n\n")[2].partition("\n\n")[2])
     rest = {"output_dir": "x", "seq_len": 64, "global_batch_size": 1, "data": {"path": "x"},
@@ -326,6 +326,17 @@ def test_the_commands(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(lines | rest))
     model = config_file.load(tmp_path / "run.yaml").model
     assert model == PLAIN.model_copy(update={"init_from": tmp_path / "start"})
+
+
+def test_a_model_that_transformers_5_does_not_read_is_exported_with_a_note(tmp_path: Path) -> None:
+    config = PLAIN.model_copy(update={"num_heads": 6})
+    save_model(config, tmp_path / "checkpoint", tensors_of(random_model(config)), data=None)
+    result = CliRunner().invoke(cli.app, ["export", str(tmp_path / "checkpoint"), "--to", str(tmp_path / "hf")])
+    assert result.output.splitlines()[2:] == [
+        "  tokenizer  none: the checkpoint does not say which",
+        "  note       transformers 5 reads no model whose num_heads does not divide its dim; transformers 4 does",
+    ]
+    assert import_model(tmp_path / "hf", tmp_path / "again").manifest.model == config
 
 
 def test_which_checkpoint_is_exported(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lhcp.config import ModelConfig, OptimConfig, RunConfig
+from lhcp.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig, OptimConfig, RunConfig
 from lhcp.distributed import ContextParallel
 from lhcp.flops import peak_flops, step_flops
 from lhcp.loss import IGNORE, linear_cross_entropy
@@ -43,6 +43,36 @@ def test_rope_is_exact_at_a_million_tokens() -> None:
             assert sin[row, 0, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
 
 
+def test_linear_rope_scaling_divides_positions() -> None:
+    positions = torch.arange(0, 4000, 7)
+    scaled = rope_tables(positions * 4, 16, 500.0, torch.float64, LinearRopeScaling(factor=4.0))
+    for table, expected in zip(scaled, rope_tables(positions, 16, 500.0, torch.float64), strict=True):
+        torch.testing.assert_close(table, expected, rtol=0, atol=1e-10)
+
+
+def test_llama3_rope_scaling_by_its_three_cases() -> None:
+    """Those of Llama 3.1, written out: short waves stay, long ones are stretched, those in between go over."""
+    scaling = Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    position, cases = 1_048_575, set()
+    cos, sin = rope_tables(torch.tensor([position]), 128, 500_000.0, torch.float64, scaling)
+    for i in range(64):
+        frequency = 500_000.0 ** (-2 * i / 128)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            case = "short"
+        elif wavelength > 8192 / 1:
+            case, frequency = "long", frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            case, frequency = "between", (1 - smooth) * frequency / 8 + smooth * frequency
+        cases.add(case)
+        assert cos[0, 0, i].item() == pytest.approx(math.cos(position * frequency), abs=1e-8)
+        assert sin[0, 0, i].item() == pytest.approx(math.sin(position * frequency), abs=1e-8)
+    assert cases == {"short", "between", "long"}
+
+
 def test_rope_makes_products_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 8, dtype=torch.float64)
     cos, sin = rope_tables(torch.arange(200), 8, 100.0, torch.float64)
@@ -63,6 +93,25 @@ def test_weights_depend_on_the_seed_alone() -> None:
         assert torch.equal(a.float(), b)
     models[1].init_weights(4)
     assert not torch.equal(models[0].output.weight.float(), models[1].output.weight)
+
+
+def test_a_tied_output_is_the_embedding() -> None:
+    tied, untied = Llama(SMALL.model_copy(update={"tie_embeddings": True})).double(), Llama(SMALL).double()
+    tied.init_weights(3)
+    untied.init_weights(3)
+    assert tied.output.weight is tied.embedding.weight
+    assert "output.weight" not in dict(tied.named_parameters())
+    for name, parameter in tied.named_parameters():
+        assert torch.equal(parameter, untied.get_parameter(name))
+    with torch.no_grad():
+        untied.output.weight.copy_(untied.embedding.weight)
+    tokens, labels = torch.randint(0, 61, (2, 1, 20))
+    for model in (tied, untied):
+        model(tokens, labels, torch.arange(20), dense).backward()
+    assert untied.embedding.weight.grad is not None
+    assert untied.output.weight.grad is not None
+    both = untied.embedding.weight.grad + untied.output.weight.grad
+    torch.testing.assert_close(tied.embedding.weight.grad, both, rtol=1e-12, atol=1e-14)
 
 
 def test_no_output_depends_on_a_later_token() -> None:
