@@ -195,6 +195,8 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
     try:
         start = Checkpoint.open(folder).manifest.model
     except ConfigError as error:
+        if all(key in model for key, field in ModelConfig.model_fields.items() if field.is_required()):
+            return None  # a run that has begun, resumed from its own configuration, needs it no more
         steps = published(folder)
         hint = f"; the newest of that run is {step_folder(folder, steps[-1])}" if steps else ""
         raise ConfigError(f"model.init_from: {error}{hint}") from None

@@ -17,18 +17,16 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import lhcp
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, set_aside
 from lhcp.checks import CONFIG_FILE
 from lhcp.config import ConfigError, RunConfig
+from lhcp.environment import now, versions
 from lhcp.launch.snapshot import code_digest, copy_code
 from lhcp.metrics import STARTS_FILE, JsonLines, warn
 
@@ -80,19 +78,6 @@ def begin(run_dir: Path, config: RunConfig, first_step: int, device: torch.devic
     starts.append(_start(config, first_step, device))
     starts.close()
     return aside
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers of a run depend on."""
-    found = {"lhcp": lhcp.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found | {"numpy": np.__version__}
-
-
-def now() -> str:
-    """ISO 8601, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def log_to(run_dir: Path, rank: int) -> None:

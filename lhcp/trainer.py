@@ -13,12 +13,12 @@ from lhcp.checkpoint.state import create_moments, load, state_tensors
 from lhcp.checks import data_entry
 from lhcp.config import EvalMode, RunConfig, StageMode
 from lhcp.data import BatchLoader, TokenDataset
+from lhcp.environment import now, versions
 from lhcp.eval.held_out import held_out_loss, no_attention
 from lhcp.loss import IGNORE
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
 from lhcp.parallelize import Mesh, full, recompute, shard_model, sum_over_ranks
-from lhcp.run_folder import now, versions
 
 
 class Trainer:

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lhcp import __version__
 from lhcp.checkpoint.folder import unpublished
 from lhcp.checkpoint.manifest import Checkpoint, Manifest
 from lhcp.checkpoint.storage import CheckpointWriter
 from lhcp.config import ConfigError, ModelConfig
+from lhcp.environment import now, versions
 from lhcp.hf.config import read_config, read_json
 from lhcp.hf.names import EMBEDDING, OUTPUT, WEIGHTS_FILE, WEIGHTS_INDEX_FILE, hf_tensors, our_tensors
 
@@ -60,10 +59,10 @@ def import_model(hf_dir: Path, out: Path) -> Checkpoint:
     sources = _find_tensors(hf_dir)
     _check(sources, model, hf_dir)
     manifest = Manifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         model=model,
         seq_len=seq_len,
-        versions={"lhcp": __version__, "torch": torch.__version__},
+        versions=versions(),
     )
     tensors = {ours: _join(sources, names) for ours, names in our_tensors(model).items()}
     _write(tensors, out, manifest)

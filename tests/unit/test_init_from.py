@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def test_equal_keys_may_be_given(tmp_path: Path, start: Path) -> None:
     assert load(tmp_path, f"init_from: {start}, dim: 32, norm_eps: 1e-6, rope_theta: 10000").dim == 32
     config = config_file.load(tmp_path / "run.yaml")
     config_file.save(config, tmp_path / "saved.yaml")
+    assert config_file.load(tmp_path / "saved.yaml") == config
+
+
+def test_a_run_that_has_begun_outlives_it(tmp_path: Path, start: Path) -> None:
+    load(tmp_path, f"init_from: {start}")
+    config = config_file.load(tmp_path / "run.yaml")
+    config_file.save(config, tmp_path / "saved.yaml")
+    shutil.rmtree(start)
     assert config_file.load(tmp_path / "saved.yaml") == config
 
 

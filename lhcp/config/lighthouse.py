@@ -1,0 +1,113 @@
+"""Lighthouse attention: its numbers and their constraints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lhcp.config.section import ConfigError, PositiveInt, Section, nearest_multiples
+
+
+class LighthouseConfig(Section):
+    """Lighthouse attention (arXiv:2605.06554). These values are part of what the model computes."""
+
+    num_levels: Annotated[int, Field(strict=True, ge=2, le=12)] = 3
+    """Pyramid levels L; level 0 are the tokens."""
+    pooling_factor: Annotated[int, Field(strict=True, ge=2)] = 4
+    """p: an entry of level l covers p^l tokens."""
+    topk: Annotated[int, Field(strict=True, ge=2)] = 1536
+    """Selection budget per level and KV head, over the whole sequence."""
+    num_strata: PositiveInt | None = None
+    """Equal runs of tokens that select on their own. None: derived by `resolve`, once, when a run is created."""
+    max_cp: PositiveInt = 8
+    """The largest context-parallel degree that a derived `num_strata` must allow."""
+    scorer: Literal["norm", "dilated"] = "norm"
+    """`norm`: L2 norm of the rows of Q and K; `dilated`: of the outputs of attention over every delta-th token."""
+    dilation: PositiveInt = 4
+    """delta of the `dilated` scorer; divides a chunk."""
+    cover_prefix: bool = True
+    """Always select the first entry of each level, so that every position receives at least one row."""
+    check_finite: bool = False
+    """Raise FloatingPointError when a score is not finite (costs a device synchronisation per layer)."""
+
+    @property
+    def coarsest_window(self) -> int:
+        """Tokens under one entry of the coarsest level, p^(L-1)."""
+        return int(self.pooling_factor ** (self.num_levels - 1))
+
+    def resolve(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
+        """Check every constraint for sequences of `seq_len` tokens and fix `num_strata`.
+
+        Args:
+            seq_len: N, tokens of one sequence over all context-parallel ranks.
+            num_chunks: runs of tokens that the sequence is split into (1, W, or 2W under zigzag).
+
+        Raises:
+            ConfigError: naming the constraint that fails and valid values.
+        """
+        if seq_len % (self.coarsest_window * num_chunks):
+            raise ConfigError(
+                f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {self.coarsest_window} tokens "
+                f"in each of {num_chunks} chunk(s); nearest legal: "
+                f"{nearest_multiples(seq_len, self.coarsest_window * num_chunks)}"
+            )
+        if self.topk > seq_len // self.coarsest_window:
+            raise ConfigError(
+                f"topk {self.topk} exceeds the {seq_len // self.coarsest_window} coarsest entries of seq_len {seq_len} "
+                f"(num_levels {self.num_levels}, pooling_factor {self.pooling_factor}); it must be at most that"
+            )
+        legal = legal_num_strata(self, seq_len)
+        fitting = [s for s in legal if s % num_chunks == 0]
+        advice = f"valid: {fitting}" if fitting else "none is valid here: topk should be a multiple of the chunks"
+        strata = self.num_strata
+        if strata is None:
+            # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
+            step = 2 * self.max_cp
+            strata = next((s for s in legal if s % step == 0 and s * 128 >= self.topk), None)
+            if strata is None:
+                raise ConfigError(
+                    f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
+                    f"topk {self.topk}; {advice}"
+                )
+        if strata not in fitting:
+            raise ConfigError(
+                f"num_strata {strata} is not legal: {self._broken_by(strata, seq_len, num_chunks)}; {advice}"
+            )
+        if self.scorer == "dilated" and seq_len // num_chunks % self.dilation:
+            raise ConfigError(f"dilation {self.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
+        return self.model_copy(update={"num_strata": strata})
+
+    @property
+    def strata(self) -> int:
+        """`num_strata` of a resolved configuration."""
+        assert self.num_strata is not None, "call resolve(seq_len) first"
+        return self.num_strata
+
+    def subsequence_length(self, seq_len: int) -> int:
+        """S, the gathered entries of one sequence: N / p^(L-1) + (L-1) p topk."""
+        return seq_len // self.coarsest_window + (self.num_levels - 1) * self.pooling_factor * self.topk
+
+    def _broken_by(self, strata: int, seq_len: int, num_chunks: int) -> str:
+        """The first constraint that `strata` breaks, in words."""
+        coarsest = seq_len // self.coarsest_window
+        if self.topk % strata:
+            return f"it does not divide topk {self.topk}"
+        if seq_len % strata:
+            return f"it does not divide seq_len {seq_len}"
+        if coarsest % strata:
+            return f"a stratum of {seq_len // strata} tokens is not a multiple of {self.coarsest_window}"
+        if strata % num_chunks:
+            return (
+                f"it does not divide evenly over the {num_chunks} chunks of the context-parallel layout (a chunk is a "
+                f"whole number of strata)"
+            )
+        return f"it leaves a budget of {self.topk // strata} entry per stratum, fewer than 2"
+
+
+def legal_num_strata(config: LighthouseConfig, seq_len: int) -> list[int]:
+    """Every legal `num_strata` for N = `seq_len`, ascending: divides topk and N, whole coarsest windows, 2 <= m."""
+    coarsest = seq_len // config.coarsest_window
+    if seq_len % config.coarsest_window or config.topk > coarsest:
+        return []
+    return [s for s in range(1, config.topk // 2 + 1) if config.topk % s == 0 and coarsest % s == 0]

@@ -1,0 +1,209 @@
+"""A whole run, and its sections other than the model and its attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lhcp.config.lighthouse import LighthouseConfig
+from lhcp.config.model import ModelConfig
+from lhcp.config.section import ConfigError, PositiveInt, Section, nearest_multiples
+
+Sharding = Literal["zigzag", "contiguous"]
+ExchangeName = Literal["ring"]
+BlockBackendName = Literal["auto", "math", "cpu", "cudnn", "flash"]
+StageMode = Literal["lighthouse", "dense"]
+RecomputeMode = Literal["none", "selective", "full"]
+EvalMode = Literal["dense", "lighthouse", "no_attention"]
+
+
+class DataConfig(Section):
+    """Where the tokens are."""
+
+    path: Path
+    """Folder written by `lhcp data prepare`."""
+    verify: Annotated[bool, Field(strict=True)] = True
+    """Read every shard at the start of a run and compare checksums; the ranks share the work, a shard each in turn.
+    Costs about a second for each GB of a rank's share, or what the disks take. Of copies on the nodes' own disks each
+    is read in part only: there, run `lhcp data verify` on every node."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then constant."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    warmup_steps: Annotated[int, Field(strict=True, ge=0)] = 2_000
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Applied to matrices, not to norms."""
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global gradient norm."""
+    max_skipped_steps: Annotated[int, Field(strict=True, ge=0)] = 10
+    """Steps in a row whose loss or gradient norm is not finite, which leave the weights alone; one more is the end."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: `dp` replicas, each of `cp` ranks that share one sequence."""
+
+    dp: PositiveInt | None = None
+    """Data-parallel degree. None: processes / cp."""
+    cp: PositiveInt = 1
+    """Context-parallel degree W: ranks that hold one sequence together."""
+    sharding: Sharding = "zigzag"
+    """`zigzag` balances causal work; `contiguous` gives each rank one run of tokens."""
+    exchange: ExchangeName = "ring"
+    """How shards meet in attention when cp > 1."""
+    block_backend: BlockBackendName = "auto"
+    """Kernel of one attention block; `auto` picks by device."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Runs of tokens that a sequence is split into."""
+        return 2 * self.cp if self.sharding == "zigzag" and self.cp > 1 else self.cp
+
+    def resolve(self, world_size: int) -> ParallelConfig:
+        """Fix `dp` for `world_size` processes.
+
+        Raises:
+            ConfigError: when dp x cp is not the number of processes.
+        """
+        dp = self.dp if self.dp is not None else world_size // self.cp
+        if dp * self.cp != world_size:
+            wanted = f"{self.dp * self.cp}" if self.dp is not None else f"a multiple of {self.cp}"
+            raise ConfigError(
+                f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} process(es); "
+                f"start {wanted}, or set parallel.cp to a divisor of {world_size}"
+            )
+        return self.model_copy(update={"dp": dp})
+
+
+class StageConfig(Section):
+    """One stage of a run; the optimizer state and the data order go on across stages."""
+
+    mode: StageMode
+    """`lighthouse`: selection on, except in `dense_layers`; `dense`: ordinary full attention."""
+    steps: PositiveInt
+
+
+class MemoryConfig(Section):
+    """What is kept for backward."""
+
+    recompute: RecomputeMode = "none"
+    """`selective`: the feed-forward halves of layers run again in backward; `full`: whole layers, attention too."""
+
+
+class CheckpointConfig(Section):
+    """What a run can be resumed from."""
+
+    every: Annotated[int, Field(strict=True, ge=0)] = 500
+    """Steps between checkpoints; 0: only at the end, and when the run is told to stop."""
+    keep: PositiveInt = 3
+    """Newest checkpoints that are kept."""
+    stop_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after SIGTERM or SIGUSR1 to end the step and save in; a rank that has not by then exits with 76."""
+
+
+class EvalConfig(Section):
+    """Held-out loss during training."""
+
+    every: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Steps between evaluations; 0: only at the end."""
+    sequences: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Held-out sequences; 0: no evaluation."""
+    modes: Annotated[list[EvalMode], Field(min_length=1)] = Field(default_factory=lambda: list[EvalMode](["dense"]))
+    """`dense`; `lighthouse`; `no_attention`: every attention output zeroed, to see what context is worth."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    output_dir: Path
+    """The run folder: config, metrics, plots."""
+    seq_len: PositiveInt
+    """N, tokens of one sequence over all context-parallel ranks."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass of one data-parallel replica."""
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    """Of the initial weights and of the data order."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the weights, gradients and optimizer state."""
+    compute_dtype: Literal["float32", "float64", "bfloat16"] | None = None
+    """Of activations and matrix products. None: `dtype`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: Annotated[bool, Field(strict=True)] = False
+    """Only deterministic kernels: two runs of one layout give bit-identical weights. Slower on GPUs."""
+    model: ModelConfig
+    data: DataConfig
+    stages: Annotated[list[StageConfig], Field(min_length=1)]
+    attention: LighthouseConfig = LighthouseConfig()
+    dense_layers: list[Annotated[int, Field(strict=True, ge=0)]] = Field(default_factory=list)
+    """Layers that stay dense in a Lighthouse stage."""
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def activation_dtype(self) -> str:
+        """`compute_dtype`, or `dtype` where it is left out."""
+        return self.compute_dtype or self.dtype
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """The stage of optimizer step `step` (from 0)."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise AssertionError("step is beyond the last stage")
+
+    def resolve(self, world_size: int) -> RunConfig:
+        """Check what depends on several sections, and fix every derived value.
+
+        Raises:
+            ConfigError: naming the keys, and values that would do.
+        """
+        parallel = self.parallel.resolve(world_size)
+        assert parallel.dp is not None
+        per_pass = parallel.dp * self.micro_batch_size
+        if self.global_batch_size % per_pass:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of dp {parallel.dp} x "
+                f"micro_batch_size {self.micro_batch_size}; nearest legal: "
+                f"{nearest_multiples(self.global_batch_size, per_pass)}"
+            )
+        attention = self.attention
+        if "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}:
+            attention = attention.resolve(self.seq_len, parallel.num_chunks)
+        if self.seq_len % parallel.num_chunks:
+            raise ConfigError(
+                f"seq_len {self.seq_len} is not a multiple of the {parallel.num_chunks} chunks of parallel.cp "
+                f"{parallel.cp} ({parallel.sharding}); nearest legal: "
+                f"{nearest_multiples(self.seq_len, parallel.num_chunks)}"
+            )
+        backend, device, dtype = parallel.block_backend, self.device, self.activation_dtype
+        fused = backend in ("cudnn", "flash")
+        if (backend == "cpu" and device == "cuda") or (fused and (device == "cpu" or dtype != "bfloat16")):
+            raise ConfigError(
+                f"parallel.block_backend {backend} does not take {dtype} on device {device}; use auto or math"
+                + (", or set compute_dtype: bfloat16 on a GPU" if fused else "")
+            )
+        outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
+        if outside:
+            raise ConfigError(f"dense_layers {outside}: the model's layers are 0 to {self.model.num_layers - 1}")
+        if self.eval.sequences % parallel.dp:
+            raise ConfigError(
+                f"eval.sequences {self.eval.sequences} is not a multiple of dp {parallel.dp}; nearest legal: "
+                f"{nearest_multiples(self.eval.sequences, parallel.dp)}"
+            )
+        return self.model_copy(update={"parallel": parallel, "attention": attention})
