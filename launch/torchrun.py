@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from lhcp.stop import EXIT_STOPPED, SIGNALS
+
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
@@ -38,7 +40,8 @@ def run(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence
     the main thread: only there can signals be handled.
 
     Returns:
-        The exit code: 0 when all processes succeeded, else that of the first that failed; 128 + n for signal n.
+        The exit code: 0 when all processes succeeded, else that of the first that failed; 128 + n for signal n, but
+        `EXIT_STOPPED` for one of `lhcp.stop.SIGNALS` that came before anything had begun.
 
     Raises:
         OSError: when the interpreter cannot be started.
@@ -48,12 +51,11 @@ def run(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence
 
 def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
     child: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
+    received: list[int] = []
 
     def forward(signum: int, _frame: FrameType | None) -> None:
-        if child is None:
-            early.append(signum)
-        else:
+        received.append(signum)
+        if child is not None:
             child.send_signal(signum)
 
     previous = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
@@ -61,12 +63,14 @@ def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
         # A session of its own: else Ctrl-C reaches torchrun twice, from the terminal and from here, and the
         # second one breaks off its orderly shutdown.
         child = subprocess.Popen(argv, env=env, start_new_session=True, preexec_fn=_die_with_parent)
-        for signum in early:
+        for signum in received:
             child.send_signal(signum)
         code = child.wait()
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+    if -code in SIGNALS and -code in received:
+        return EXIT_STOPPED  # so early that it could not be noted: nothing has begun
     return code if code >= 0 else 128 - code
 
 

@@ -30,8 +30,19 @@ TOLD = (1, 2, EXIT_STOPPED, EXIT_FORCED)
 
 def main(arguments: Sequence[str]) -> int:
     """Run until all ranks have ended: 0, or the code of the first that failed; 128 + n for signal n."""
+    told: set[int] = set()
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        told.add(number)
+        children = _children()
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
+        if not children:
+            sys.exit(EXIT_STOPPED)
+
     for number in SIGNALS:
-        signal.signal(number, _pass_on)
+        signal.signal(number, pass_on)
     # It says of each rank that ended what is said better below.
     logging.getLogger(api.__name__).setLevel(logging.CRITICAL)
     try:
@@ -39,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if -code in told:  # a rank that could not note it yet
+            print(f"stopped by {signal.Signals(-code).name} before the first step", file=sys.stderr)
+            return EXIT_STOPPED
         if code not in TOLD:
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
@@ -49,12 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Signal every process that this one has started."""
-    for thread in Path("/proc/self/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            with suppress(ProcessLookupError):
-                os.kill(int(child), number)
+def _children() -> list[int]:
+    """Processes that this one has started."""
+    threads = Path("/proc/self/task").iterdir()
+    return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
 
 
 if __name__ == "__main__":

@@ -12,9 +12,14 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checkpoint.storage import read_tensor
 
 
-def published_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint after `step` steps, whole, after comparing its files with their checksums."""
-    checkpoint = Checkpoint.open(step_folder(run_dir, step))
-    checkpoint.verify()
+def read_all(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
     index = read_index(checkpoint)
     return {name: read_tensor(checkpoint, index, name) for name in index}
+
+
+def published_tensors(run_dir: Path, step: int) -> dict[str, Tensor]:
+    """Those of the checkpoint after `step` steps, after comparing its files with their checksums."""
+    checkpoint = Checkpoint.open(step_folder(run_dir, step))
+    checkpoint.verify()
+    return read_all(checkpoint)

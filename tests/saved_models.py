@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lhcp.checkpoint.index import read_index
 from lhcp.checkpoint.manifest import Checkpoint, DataEntry, Manifest
-from lhcp.checkpoint.storage import CheckpointWriter, read_tensor
+from lhcp.checkpoint.storage import CheckpointWriter
 from lhcp.config import LinearRopeScaling, Llama3RopeScaling, ModelConfig
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Llama
@@ -56,12 +55,6 @@ def save_model(
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         save(tensors, storage_writer=CheckpointWriter(folder, 0, make_manifest(config, data)), no_dist=True)
     return Checkpoint.open(folder)
-
-
-def read_all(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint."""
-    index = read_index(checkpoint)
-    return {name: read_tensor(checkpoint, index, name) for name in index}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -30,13 +30,19 @@ def check_meaning(checkpoint: Checkpoint, config: RunConfig, data: DataEntry, al
         What has changed, to be told.
 
     Raises:
-        ConfigError: a change that is not allowed, or a name in `allowed` that needs no allowance.
+        ConfigError: a change that is not allowed, a name in `allowed` that needs no allowance, or fewer steps than
+            are done.
     """
     unknown = [name for name in allowed if not _means(name)]
     if unknown:
         raise ConfigError(f"--allow-change {unknown[0]}: not a key that is held fixed; valid: {', '.join(MEANING)}")
-    assert checkpoint.manifest.config is not None, "not a checkpoint of a run"
-    assert checkpoint.manifest.data is not None, "not a checkpoint of a run"
+    if checkpoint.manifest.step > config.total_steps:
+        raise ConfigError(
+            f"{checkpoint.folder} is after {checkpoint.manifest.step} steps, but the stages have {config.total_steps} "
+            f"in all; lengthen one, or resume from an earlier checkpoint"
+        )
+    if checkpoint.manifest.config is None or checkpoint.manifest.data is None:
+        raise ConfigError(f"{checkpoint.folder} is an imported model, not of a run; start from it with model.init_from")
     before = checkpoint.manifest.config | {"data": checkpoint.manifest.data.model_dump()}
     now = config.model_dump(mode="json") | {"data": data.model_dump()}
     changes = list(_changes(before, now))

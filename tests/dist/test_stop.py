@@ -76,6 +76,19 @@ def test_the_command_saves_and_is_resumed(
     assert all(torch.equal(final[name], left_alone[name]) for name in left_alone)
 
 
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 3.5])
+def test_a_signal_at_any_moment_of_the_start_means_to_start_again(data: Path, tmp_path: Path, seconds: float) -> None:
+    """While the launcher or the ranks import torch, or the ranks find each other: nothing is lost, so 75."""
+    command = [sys.executable, "-c", "from lhcp.cli import main; main()", "train", write_config(data, tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (EXIT_STOPPED, -signal.SIGTERM)  # the latter before there is any handler
+    assert "Traceback" not in err
+    assert seconds < 1 or process.returncode == EXIT_STOPPED
+
+
 @pytest.mark.parametrize("told", [[0], [1]])
 def test_one_rank_is_told_and_all_stop(data: Path, tmp_path: Path, told: list[int]) -> None:
     run_dir = tmp_path / "run"

@@ -258,6 +258,15 @@ def test_what_changes_no_meaning_is_told(data: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_run_cannot_be_shorter_than_it_is_already(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, 1, 1, output_dir=tmp_path)
+    write_manifest(tmp_path, config, config.total_steps)
+    check_files(config, "last")
+    write_manifest(tmp_path, config, config.total_steps + 1)
+    with pytest.raises(ConfigError, match="is after 21 steps, but the stages have 20 in all; lengthen one, or resume"):
+        check_files(config, "last")
+
+
 def test_only_what_is_held_fixed_can_be_allowed(data: Path, tmp_path: Path) -> None:
     write_manifest(tmp_path, make_config(data, 1, 1), 1)
     config = make_config(data, 1, 1, output_dir=tmp_path)

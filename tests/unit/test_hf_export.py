@@ -14,6 +14,7 @@ import torch
 from ranks import run_ranks
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from saved import read_all
 from saved_models import (
     LLAMA3,
     MODELS,
@@ -21,7 +22,6 @@ from saved_models import (
     assert_same,
     make_manifest,
     random_model,
-    read_all,
     save_model,
     tensors_of,
 )

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from saved_models import LLAMA3, MODELS, PLAIN, assert_same, random_model, read_all, save_model, tensors_of
+from saved import read_all
+from saved_models import LLAMA3, MODELS, PLAIN, assert_same, random_model, save_model, tensors_of
 from typer.testing import CliRunner
 
 from lhcp import cli, config_file

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from saved_models import MODELS, PLAIN, assert_same, dense_logits, random_model, read_all, save_model, tensors_of
+from saved import read_all
+from saved_models import MODELS, PLAIN, assert_same, dense_logits, random_model, save_model, tensors_of
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"config", "kernels", "distributed"},
     "loss": set(),
     "model": {"config", "kernels", "distributed", "attention", "loss"},
-    "launch": {"config", "config_file", "plan", "presets"},
+    "launch": {"config", "config_file", "plan", "presets", "stop"},
 }
 # Parts not listed above may import anything but these, which are started by name.
 ENTRY_POINTS = {"train", "cli"}

@@ -13,6 +13,7 @@ import pytest
 
 import lhcp
 from lhcp.launch import torchrun
+from lhcp.stop import EXIT_STOPPED, SIGNALS
 
 
 def test_command() -> None:
@@ -82,6 +83,16 @@ def test_signals_are_passed_on(signum: signal.Signals) -> None:
         parent.send_signal(signum)
         assert parent.stdout.readline() == f"got {signum.value}\n"
         assert parent.wait(timeout=20) == 9
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_before_anything_has_begun_means_to_start_again(signum: signal.Signals) -> None:
+    child = "import time; print('ready', flush=True); time.sleep(30)"  # has no handler yet
+    with subprocess.Popen([sys.executable, "-c", PARENT, child], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.send_signal(signum)
+        assert parent.wait(timeout=20) == EXIT_STOPPED
 
 
 def test_the_child_does_not_outlive_its_parent() -> None:
