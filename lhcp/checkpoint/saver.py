@@ -51,7 +51,8 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         # On a GPU into pinned memory, kept for the next save. DefaultStager cannot stage twice in torch 2.11.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
-        self._pending: tuple[int, float, Future[object]] | None = None
+        self._pending: tuple[int, Future[object], Future[float]] | None = None
+        """Its step, its save, and when that ended, which is before it is collected."""
         self._failures = 0
         self.last_error: str | None = None
         """Why the save that was collected last has failed."""
@@ -66,13 +67,15 @@ class Saver:
         writer = CheckpointWriter(folder, dist.get_rank(), manifest, on_published=self._prune)
         future = async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager)
         assert isinstance(future, Future)
-        self._pending = manifest.step, started, future
+        seconds: Future[float] = Future()
+        future.add_done_callback(lambda _: seconds.set_result(time.perf_counter() - started))
+        self._pending = manifest.step, future, seconds
 
     def collect(self, block: bool = False) -> Saved | None:
         """How the save that was begun has ended; None when there is none, or it goes on and `block` is false."""
         if self._pending is None or not (block or self._pending[2].done()):
             return None
-        step, started, future = self._pending
+        step, future, seconds = self._pending
         self._pending, error = None, None
         try:
             future.result()
@@ -82,7 +85,7 @@ class Saver:
                 remove_leftovers(self._run_dir)  # every rank has stopped writing; a full disk needs the room
         self._failures = self._failures + 1 if error else 0
         self.last_error = error
-        return Saved(step, time.perf_counter() - started, error)
+        return Saved(step, seconds.result(), error)
 
     @property
     def failed(self) -> bool:
