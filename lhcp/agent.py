@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed import run
+from torch.distributed.elastic.agent.server import api as server
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,19 +44,21 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
-    # It says of each rank that ended what is said better below.
-    logging.getLogger(api.__name__).setLevel(logging.CRITICAL)
+    # They say of each rank that ended what is said better below.
+    for name in (api.__name__, server.__name__):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run.run(run.get_args_parser().parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         if -code in told:  # a rank that could not note it yet
-            print(f"stopped by {signal.Signals(-code).name} before the first step", file=sys.stderr)
+            print(f"stopped by {signal.Signals(-code).name}; go on by --resume last", file=sys.stderr)
             return EXIT_STOPPED
         if code not in TOLD:
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
+            print("       go on by --resume last; logs are in the run folder", file=sys.stderr)
         return code if code >= 0 else 128 - code
     except SignalException as error:
         print(f"stopped by {error.sigval.name}", file=sys.stderr)

@@ -12,7 +12,7 @@ import typer
 
 import lhcp
 from lhcp import config_file
-from lhcp.checks import check_files
+from lhcp.checks import CONFIG_FILE, check_files
 from lhcp.config import ConfigError
 from lhcp.launch import torchrun
 
@@ -198,6 +198,10 @@ def _find_checkpoint(run: Path, step: int | None) -> Checkpoint:
     from lhcp.checkpoint.manifest import Checkpoint
 
     steps = published(run)
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder; name a run folder or a checkpoint")
+    if not steps and (run / CONFIG_FILE).exists():
+        raise ConfigError(f"the run in {run} has no checkpoint yet")
     if step is None:
         return Checkpoint.open(step_folder(run, steps[-1]) if steps else run)
     if step not in steps:

@@ -199,6 +199,8 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
             return None  # a run that has begun, resumed from its own configuration, needs it no more
         steps = published(folder)
         hint = f"; the newest of that run is {step_folder(folder, steps[-1])}" if steps else ""
+        if (folder / "config.json").exists():
+            hint = "; it is a Hugging Face model: make a checkpoint of it with `lhcp import`"
         raise ConfigError(f"model.init_from: {error}{hint}") from None
     data["model"] = start.model_dump() | model
     return start

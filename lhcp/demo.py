@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lhcp import config_file, metrics
-from lhcp.checks import check_files
+from lhcp.checks import CONFIG_FILE, check_files
 from lhcp.config import ConfigError, RunConfig
 from lhcp.data import TokenDataset, bigram_entropy, prepare, unigram_entropy
 from lhcp.launch import torchrun
@@ -38,6 +38,11 @@ def run(out: Path, overrides: Sequence[str]) -> int:
     config = config_file.load(CONFIG, overrides)
     ranks = (config.parallel.dp or 1) * config.parallel.cp
     config = config.resolve(ranks)
+    if (out / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{out} already holds a run; give another folder by --out, or go on with it: lhcp train "
+            f"{out / CONFIG_FILE} --resume last"
+        )
     if not config.data.path.exists():
         prepare(standard_library(), config.data.path)
     check_files(config)

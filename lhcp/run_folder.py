@@ -1,4 +1,4 @@
-"""The run folder, as rank 0 keeps it: one process at a time, the code, and what each start ran on.
+"""The run folder, as rank 0 keeps it: the code, and what each start ran on.
 
 config.yaml     the resolved configuration of the last start
 code/           the package as the first start ran it
@@ -10,13 +10,10 @@ checkpoints/    see lhcp.checkpoint
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +22,13 @@ import torch
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, set_aside
 from lhcp.checks import CONFIG_FILE
-from lhcp.config import ConfigError, RunConfig
+from lhcp.config import RunConfig
 from lhcp.environment import now, versions
 from lhcp.launch.snapshot import code_digest, copy_code
-from lhcp.metrics import STARTS_FILE, JsonLines, warn
+from lhcp.metrics import STARTS_FILE, JsonLines
 
-LOCK_FILE = "lock"
 CODE_FOLDER = "code"
 LOG_FOLDER = "logs"
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder, made if needed, for this process; the system lets go of it when the process ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK_FILE).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise ConfigError(
-                f"output_dir {run_dir} is in use by {file.read().strip() or 'another process'}; wait for it to end, or "
-                f"choose another folder"
-            ) from None
-        except OSError:
-            warn(f"no lock on {run_dir}: its file system has none, so nothing keeps a second run out")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
 
 
 def begin(run_dir: Path, config: RunConfig, first_step: int, device: torch.device) -> list[Path]:

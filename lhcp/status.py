@@ -21,11 +21,12 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checks import CONFIG_FILE
 from lhcp.config import ConfigError, RunConfig, Section, StageMode
 from lhcp.flops import step_flops
+from lhcp.lock import holder
 from lhcp.metrics import HELD_OUT, METRICS_FILE, STARTS_FILE, read_events, read_metrics
 
-State = Literal["waiting to start", "running or stopped", "finished"]
+State = Literal["waiting to start", "running", "stopped", "finished"]
 """A run does not say that it stops, so a folder cannot tell a slow run from one that was killed."""
-_STYLES: dict[State, str] = {"waiting to start": "yellow", "running or stopped": "cyan", "finished": "green"}
+_STYLES: dict[State, str] = {"waiting to start": "yellow", "running": "cyan", "stopped": "yellow", "finished": "green"}
 _RECENT = 20
 """Steps, or finite losses, that the mean loss and the speed are taken over."""
 _TIMED = 50
@@ -106,7 +107,7 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
     losses = [record["loss"] for record in steps if record["loss"] is not None]
     checkpoint, damaged = _last_checkpoint(run_dir, now)
     saved = checkpoint is not None and checkpoint.step >= config.total_steps
-    state: State = "running or stopped" if steps else "waiting to start"
+    state: State = "running" if holder(run_dir) else "stopped" if steps else "waiting to start"
     return RunStatus(
         run_dir=run_dir,
         state="finished" if done >= config.total_steps and saved else state,

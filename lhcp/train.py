@@ -30,7 +30,8 @@ from lhcp.data import verify_shards
 from lhcp.distributed.collectives import SharedError, complaints, on_rank_zero
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.metrics import MetricsLogger
+from lhcp.lock import locked
+from lhcp.metrics import MetricsLogger, warn
 from lhcp.parallelize import Mesh
 from lhcp.plot import plot_loss
 from lhcp.run import SaveError, run
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except ConfigError as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(error)
         else:
             time.sleep(2)  # torchrun ends every rank when one has ended: let rank 0 speak first
         return 2
@@ -73,14 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(config, env, device, args.resume, args.allowed)
     except ConfigError as error:
         if rank == 0 or not isinstance(error, SharedError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(error)
         return 2
     except (FloatingPointError, SaveError) as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(error)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def tell(error: Exception) -> None:
+    """One message, its lines aligned."""
+    message = str(error).replace("\n", "\n       ")
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def use_deterministic_kernels() -> None:
@@ -103,7 +110,7 @@ def train(
     with ExitStack() as stack:
         request = stack.enter_context(stop_on_signal(config.checkpoint.stop_timeout_s))
         stack.enter_context(process_group(env, device))
-        on_rank_zero(lambda: stack.enter_context(run_folder.locked(run_dir)))
+        on_rank_zero(lambda: stack.enter_context(locked(run_dir)))
         run_folder.log_to(run_dir, env.rank)
         stack.push(_log_end)
         checkpoint = _checked_start(config, env, resume, allowed)
@@ -143,9 +150,27 @@ def _checked_start(
             print(f"resumed from {checkpoint.folder}", flush=True)
             for key, was, value in changes:
                 print(f"  changed since: {key} from {was!r} to {value!r}", flush=True)
-    elif config.model.init_from is not None and (found := damage(config.model.init_from)):
-        raise SharedError(found[0])
-    return checkpoint
+        return checkpoint
+    if resume is not None and env.rank == 0:
+        print(f"{config.output_dir} has no checkpoint: the run begins with step 1", flush=True)
+    if config.model.init_from is not None:
+        if found := damage(config.model.init_from):
+            raise SharedError(found[0])
+        if env.rank == 0:
+            _tell_start(config.model.init_from, config)
+    return None
+
+
+def _tell_start(folder: Path, config: RunConfig) -> None:
+    """Say where the weights are from, and when they may have been trained on other tokens than the data."""
+    print(f"weights from {folder}", flush=True)
+    before, now = Checkpoint.open(folder).manifest, data_entry(config)
+    known = before.data.tokenizer if before.data else None
+    if known != now.tokenizer and (known or before.model.vocab_size != now.vocab_size):
+        warn(
+            f"the model in {folder} has {before.model.vocab_size} tokens of {known or 'an unknown'} tokenizer, but the "
+            f"data is in {now.vocab_size} tokens of the {now.tokenizer} tokenizer: to the model these are other tokens"
+        )
 
 
 def _log_end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # noqa: ARG001

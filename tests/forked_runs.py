@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import ranks  # noqa: F401  (likewise)
 import torch.utils.tensorboard  # noqa: F401  (imported once here, not in every forked process)
 from torch.distributed import TCPStore
 
+import ranks  # noqa: F401  (likewise)
 from lhcp import train
 
 

@@ -9,8 +9,9 @@ from lhcp.checkpoint.manifest import Checkpoint, DataEntry
 from lhcp.config import ConfigError, RunConfig
 
 # Keys that are part of what the model computes or of which tokens it sees; a section stands for its keys.
-MEANING = ("model", "attention", "dense_layers", "seq_len", "global_batch_size", "seed", "dtype", "data.fingerprint",
-           "data.tokenizer", "data.vocab_size")  # fmt: skip
+MEANING = ("model", "attention", "dense_layers", "seq_len", "global_batch_size", "seed", "dtype", "data")
+# Keys of the model that no tensor's shape depends on.
+_SHAPELESS = ("model.rope_theta", "model.rope_scaling", "model.norm_eps")
 _HARMLESS = ("model.init_from", "attention.max_cp", "attention.check_finite")
 
 Change = tuple[str, Any, Any]
@@ -46,9 +47,16 @@ def check_meaning(checkpoint: Checkpoint, config: RunConfig, data: DataEntry, al
     before = checkpoint.manifest.config | {"data": checkpoint.manifest.data.model_dump()}
     now = config.model_dump(mode="json") | {"data": data.model_dump()}
     changes = list(_changes(before, now))
+    shapeless = (*_SHAPELESS, *_HARMLESS)
+    misfits = [key for key, _, _ in changes if _covered(key, ["model"]) and not _covered(key, shapeless)]
+    if misfits:
+        raise ConfigError(
+            f"the weights in {checkpoint.folder} do not fit the changed {', '.join(misfits)}; set it back, or start "
+            f"another run"
+        )
     refused = [change for change in changes if _means(change[0]) and not _covered(change[0], allowed)]
     if refused:
-        lines = [f"{key}: {was!r} in the checkpoint, {value!r} now" for key, was, value in refused]
+        lines = [f"{key}: {_short(was)} in the checkpoint, {_short(value)} now" for key, was, value in refused]
         flags = " ".join(f"--allow-change {key}" for key, _, _ in refused)
         raise ConfigError(
             "\n".join([f"{checkpoint.folder} is of a run that computes something else:", *lines])
@@ -64,6 +72,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> I
             yield from _changes(was, value, f"{prefix}{key}.")
         elif was != value:
             yield f"{prefix}{key}", was, value
+
+
+def _short(value: object) -> str:
+    """A value as it is, but the beginning of a hash."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def _means(key: str) -> bool:

@@ -73,9 +73,15 @@ class ParallelConfig(Section):
         dp = self.dp if self.dp is not None else world_size // self.cp
         if dp * self.cp != world_size:
             wanted = f"{self.dp * self.cp}" if self.dp is not None else f"a multiple of {self.cp}"
+            fitting = world_size // self.cp
+            remedy = (
+                f"set parallel.dp to {fitting}, or to null to follow from the processes"
+                if fitting * self.cp == world_size
+                else f"set parallel.cp to a divisor of {world_size}"
+            )
             raise ConfigError(
                 f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} process(es); "
-                f"start {wanted}, or set parallel.cp to a divisor of {world_size}"
+                f"start {wanted}, or {remedy}"
             )
         return self.model_copy(update={"dp": dp})
 

@@ -8,13 +8,13 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from lhcp.attention import LighthouseConfig, lighthouse_attention, select
 from lhcp.config import ConfigError, Sharding
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.sharding import ChunkLayout
+from ranks import run_ranks
 
 SHARDINGS: list[Sharding] = ["zigzag", "contiguous"]
 # N = 720 = 8 strata of 90 tokens, 10 coarsest entries each; 8 strata serve every layout up to 4 zigzag ranks.

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import damage
-from forked_runs import ForkedRun, kill_at_file_operation, only_on, run_to_end
-from runs import make_config, write_data
-from saved import published_tensors
 from torch import Tensor
 
+from damage import damage
+from forked_runs import ForkedRun, kill_at_file_operation, only_on, run_to_end
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint, FileEntry
@@ -28,6 +26,8 @@ from lhcp.config import ConfigError
 from lhcp.data import verify_shards
 from lhcp.files import sha256_of, write_checked
 from lhcp.metrics import read_metrics
+from runs import make_config, write_data
+from saved import published_tensors
 
 STEPS = 20
 LAYOUTS = [(1, 2), (2, 1), (1, 1)]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
-from runs import largest_error, make_config, make_trainer, write_data
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -17,6 +15,8 @@ from lhcp.attention.tape import SelectionTape
 from lhcp.config import RunConfig
 from lhcp.model import llama
 from lhcp.parallelize import full
+from ranks import run_ranks
+from runs import largest_error, make_config, make_trainer, write_data
 
 
 @pytest.fixture(scope="module")

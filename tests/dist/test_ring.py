@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -15,6 +14,7 @@ from lhcp.distributed.exchange.block import CpuBackend
 from lhcp.distributed.exchange.p2p import RingLink
 from lhcp.distributed.exchange.ring import RingExchange
 from lhcp.distributed.sharding import ChunkLayout
+from ranks import run_ranks
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 8, 4, 2, 6
 

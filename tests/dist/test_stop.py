@@ -7,19 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import ForkedRun, only_on, run_to_end
-from runs import make_config, write_data
-from saved import published_tensors
 
+from forked_runs import ForkedRun, only_on, run_to_end
 from lhcp import config_file
 from lhcp.checkpoint.folder import published
 from lhcp.data import BatchLoader
 from lhcp.metrics import METRICS_FILE, read_metrics
 from lhcp.stop import EXIT_FORCED, EXIT_STOPPED
+from runs import make_config, write_data
+from saved import published_tensors
 
 STEPS = 20
 
@@ -41,6 +42,13 @@ def write_config(data: Path, run_dir: Path, **checkpoint: float) -> str:
     path = run_dir.with_suffix(".yaml")
     config_file.save(config, path)
     return str(path)
+
+
+def wait_for_file(path: Path, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.002)
 
 
 def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
@@ -100,29 +108,40 @@ def test_one_rank_is_told_and_all_stop(data: Path, tmp_path: Path, told: list[in
     assert len(published(run_dir)) == 1
 
 
+def hang(marker: Path, rank: int) -> None:
+    """Before step 3, where `marker` appears."""
+    original = BatchLoader.micro_batches
+
+    def stuck(self: BatchLoader, step: int) -> object:
+        if step == 3:
+            marker.touch()
+            os.read(os.pipe()[0], 1)
+        return original(self, step)
+
+    BatchLoader.micro_batches = stuck
+
+
 def test_a_rank_that_hangs_is_forced_to_exit(data: Path, tmp_path: Path) -> None:
     """Rank 1 reads a pipe that nobody writes to, and rank 0 waits for it inside a collective."""
 
-    def hang(rank: int) -> None:
-        original = BatchLoader.micro_batches
-
-        def stuck(self: BatchLoader, step: int) -> object:
-            if step == 3:
-                os.read(os.pipe()[0], 1)
-            return original(self, step)
-
-        BatchLoader.micro_batches = stuck
-
-    run_dir, output = tmp_path / "run", tmp_path / "out.txt"
-    run = ForkedRun(2, [write_config(data, run_dir, stop_timeout_s=1)], output, only_on(1, hang))
-    wait_for_step(run_dir, 2)
-    time.sleep(0.3)
+    run_dir, output, marker = tmp_path / "run", tmp_path / "out.txt", tmp_path / "hangs"
+    run = ForkedRun(2, [write_config(data, run_dir, stop_timeout_s=1)], output, only_on(1, partial(hang, marker)))
+    wait_for_file(marker)
     started = time.monotonic()
     run.send(signal.SIGTERM)
     codes = run.wait()
     assert codes == [EXIT_FORCED, EXIT_FORCED]
     assert 0.9 < time.monotonic() - started < 5
+    assert published(run_dir) == []
+
+
+def test_the_stacks_say_where_it_hangs(data: Path, tmp_path: Path) -> None:
+    """One rank is told, so that the stacks of two do not mix."""
+    run_dir, output, marker = tmp_path / "run", tmp_path / "out.txt", tmp_path / "hangs"
+    run = ForkedRun(2, [write_config(data, run_dir, stop_timeout_s=1)], output, only_on(1, partial(hang, marker)))
+    wait_for_file(marker)
+    run.send(signal.SIGTERM, [1])
+    assert run.wait()[1] == EXIT_FORCED
     text = output.read_text()
     assert "error: still busy 1 s after SIGTERM; forced to exit, nothing was saved" in text
-    assert "in stuck" in text, "the stacks say where"
-    assert published(run_dir) == []
+    assert "in stuck" in text

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_runs import ForkedRun, run_to_end
-from runs import make_config, write_data
-from saved import published_tensors
 
+from forked_runs import ForkedRun, run_to_end
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.metrics import read_metrics
+from runs import make_config, write_data
+from saved import published_tensors
 
 STEPS = 60
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")

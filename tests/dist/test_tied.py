@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
-from runs import largest_error, make_config, make_trainer, write_data
-from saved_models import assert_same, random_model, save_model, tensors_of
 from torch import Tensor
 
 from lhcp.config import RunConfig
@@ -17,6 +14,9 @@ from lhcp.data import TokenDataset, sequence_ids
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Llama
 from lhcp.parallelize import full
+from ranks import run_ranks
+from runs import largest_error, make_config, make_trainer, write_data
+from saved_models import assert_same, random_model, save_model, tensors_of
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from runs import write_data
 
 REPOSITORY = Path(__file__).parents[2]

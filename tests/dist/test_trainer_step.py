@@ -7,14 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
-from runs import make_config, make_trainer, write_data
 from torch import Tensor
 
+import oracle
 from lhcp.attention import select
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
@@ -22,6 +20,8 @@ from lhcp.eval.held_out import no_attention
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.parallelize import full
 from lhcp.presets import MODEL_PRESETS
+from ranks import run_ranks
+from runs import make_config, make_trainer, write_data
 
 Weights = dict[str, Tensor]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
-from runs import largest_error, make_config, make_trainer, write_data
 from torch import Tensor
 
 from lhcp.attention import Selection, lighthouse_attention, select
 from lhcp.config import RunConfig
 from lhcp.distributed import ContextParallel
 from lhcp.parallelize import full
+from ranks import run_ranks
+from runs import largest_error, make_config, make_trainer, write_data
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
 

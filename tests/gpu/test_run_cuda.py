@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_config, write_data
-from saved import published_tensors
 
 from lhcp import config_file
 from lhcp.config import RunConfig
 from lhcp.metrics import read_metrics
+from runs import make_config, write_data
+from saved import published_tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 STEPS = 20

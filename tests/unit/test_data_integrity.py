@@ -6,8 +6,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from damage import damage
 
+from damage import damage
 from lhcp.config import ConfigError
 from lhcp.data import TokenDataset, prepare, read_index, verify_shards
 from lhcp.files import DamagedError

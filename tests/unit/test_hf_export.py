@@ -11,20 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from saved import read_all
-from saved_models import (
-    LLAMA3,
-    MODELS,
-    PLAIN,
-    assert_same,
-    make_manifest,
-    random_model,
-    save_model,
-    tensors_of,
-)
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -40,6 +28,18 @@ from lhcp.hf.export import export_model
 from lhcp.hf.importer import import_model
 from lhcp.hf.names import hf_tensors, our_tensors
 from lhcp.model.llama import Llama
+from ranks import run_ranks
+from saved import read_all
+from saved_models import (
+    LLAMA3,
+    MODELS,
+    PLAIN,
+    assert_same,
+    make_manifest,
+    random_model,
+    save_model,
+    tensors_of,
+)
 
 
 @pytest.fixture

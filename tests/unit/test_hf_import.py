@@ -11,8 +11,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from saved import read_all
-from saved_models import LLAMA3, MODELS, PLAIN, assert_same, random_model, save_model, tensors_of
 from typer.testing import CliRunner
 
 from lhcp import cli, config_file
@@ -24,6 +22,8 @@ from lhcp.hf import importer
 from lhcp.hf.config import from_hf
 from lhcp.hf.export import export_model
 from lhcp.hf.importer import import_model
+from saved import read_all
+from saved_models import LLAMA3, MODELS, PLAIN, assert_same, random_model, save_model, tensors_of
 
 Values = dict[str, Any]
 # What Llama 2 7B says of itself, in the spelling of transformers 4.28.
@@ -349,7 +349,7 @@ def test_which_checkpoint_is_exported(tmp_path: Path) -> None:
         assert not out.exists()
         return str(result.exception)
 
-    assert message_of(run) == f"no checkpoint in {run}: it has no manifest.json"
+    assert message_of(run) == f"{run}: no such folder; name a run folder or a checkpoint"
     (run / FOLDER).mkdir(parents=True)
     assert (
         message_of(run, "--step", 3)

@@ -12,8 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from saved import read_all
-from saved_models import MODELS, PLAIN, assert_same, dense_logits, random_model, save_model, tensors_of
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -22,6 +20,8 @@ from lhcp.data import ByteTokenizer
 from lhcp.hf.config import from_hf, to_hf
 from lhcp.hf.export import export_model
 from lhcp.hf.importer import import_model
+from saved import read_all
+from saved_models import MODELS, PLAIN, assert_same, dense_logits, random_model, save_model, tensors_of
 
 
 def exported(config: ModelConfig, folder: Path, seed: int = 0, **options: Any) -> LlamaForCausalLM:

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from saved_models import LLAMA3, PLAIN, make_manifest
 
 from lhcp import config_file
 from lhcp.checkpoint.folder import step_folder
 from lhcp.config import ConfigError, ModelConfig
 from lhcp.files import write_checked
+from saved_models import LLAMA3, PLAIN, make_manifest
 
 REST = """\
 output_dir: runs/x

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"config"},
     "checkpoint": {"config", "distributed", "files", "metrics"},
     "stop": set(),
+    "lock": {"config", "metrics"},
     "metrics": set(),
     "plot": {"metrics"},
     "data": {"config", "files"},

@@ -9,10 +9,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-import oracle
 import pytest
 import torch
 
+import oracle
 from lhcp.attention import LighthouseConfig, Selection, lighthouse_attention, select, select_from_scores
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

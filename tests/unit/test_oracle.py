@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import torch
+
+import oracle
 
 
 def scores(*values: float) -> torch.Tensor:

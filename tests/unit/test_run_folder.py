@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import make_config, write_data
 
 from lhcp import config_file, run_folder
 from lhcp.checkpoint.folder import FOLDER, published, step_folder
 from lhcp.config import ConfigError
 from lhcp.launch.snapshot import code_digest, copy_code
+from lhcp.lock import holder, locked
 from lhcp.metrics import JsonLines
+from runs import make_config, write_data
 
 HOLD = """
 import sys
 from pathlib import Path
-from lhcp.run_folder import locked
+from lhcp.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -34,11 +35,13 @@ def test_one_process_holds_a_run_folder_until_it_ends_or_is_killed(tmp_path: Pat
         assert other.stdout.readline() == "held\n"
         with (
             pytest.raises(ConfigError, match=f"is in use by process {other.pid} on .*; wait for it to end"),
-            run_folder.locked(tmp_path / "run"),
+            locked(tmp_path / "run"),
         ):
             pass
+        assert holder(tmp_path / "run").startswith(f"process {other.pid} on ")
         other.kill()
-    with run_folder.locked(tmp_path / "run"):
+    assert holder(tmp_path / "run") is None
+    with locked(tmp_path / "run"):
         assert (tmp_path / "run" / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 

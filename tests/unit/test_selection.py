@@ -7,12 +7,12 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import oracle
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import oracle
 from lhcp.attention import LighthouseConfig, Selection, select, select_from_scores
 from lhcp.attention.scoring import norm_scores
 

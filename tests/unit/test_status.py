@@ -11,10 +11,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from damage import damage
-from runs import make_config
 from typer.testing import CliRunner
 
+from damage import damage
 from lhcp import cli, config_file
 from lhcp.checkpoint.folder import step_folder
 from lhcp.checkpoint.manifest import MANIFEST_FILE, Manifest
@@ -22,6 +21,7 @@ from lhcp.config import ConfigError
 from lhcp.files import write_checked
 from lhcp.metrics import METRICS_FILE, STARTS_FILE, MetricsLogger, StepMetrics
 from lhcp.status import RunStatus, _duration, read_status, show
+from runs import make_config
 
 NOW = 1_800_000_000.0
 LIGHTHOUSE_FLOPS, DENSE_FLOPS = 23_865_216, 33_056_640
@@ -105,14 +105,14 @@ def test_under_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(run, 5, age=4000)
     publish(run, 10, age=3 * 3600 + 20 * 60)
     status = read_status(run, NOW)
-    assert (status.state, status.step, status.tokens, status.restarts) == ("running or stopped", 13, 13 * 1440, 0)
+    assert (status.state, status.step, status.tokens, status.restarts) == ("stopped", 13, 13 * 1440, 0)
     assert (status.stage, status.stage_number, status.num_stages) == ("dense", 2, 2)
     assert (status.loss, status.mean_loss) == (pytest.approx(3.8), pytest.approx(4.4))
     assert (status.last_step_age_s, status.seconds_left) == (75, 14)
     assert status.checkpoint is not None
     assert (status.checkpoint.step, status.checkpoint.age_s, status.num_checkpoints) == (10, 12_000, 2)
     assert shown(status, capsys) == [
-        f"{run}: running or stopped; last step 1 min 15 s ago",
+        f"{run}: stopped; last step 1 min 15 s ago",
         "  step           13 of 20 (65.0%)",
         "  stage          dense (2 of 2)",
         "  loss           3.8000 (mean of the last 20: 4.4000)",
@@ -130,7 +130,7 @@ def test_under_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log(run, 0, 20)
     publish(run, 15)
-    assert read_status(run, NOW).state == "running or stopped"  # its last checkpoint may be being written
+    assert read_status(run, NOW).state == "stopped"  # its last checkpoint may be being written
     newest = publish(run, 20)
     status = read_status(run, NOW)
     assert (status.state, status.seconds_left) == ("finished", 0)
@@ -140,7 +140,7 @@ def test_finished(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not [line for line in lines if "time left" in line]
 
     (newest / MANIFEST_FILE).write_text("{}")
-    assert read_status(run, NOW).state == "running or stopped"
+    assert read_status(run, NOW).state == "stopped"
 
 
 def test_the_share_is_not_rounded_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +170,7 @@ def test_a_restart_takes_steps_back_before_it_logs_any(run: Path) -> None:
     log(run, 0, 9, age=300)
     start(run, 4, age=100)
     status = read_status(run, NOW)
-    assert (status.state, status.step, status.restarts, status.last_step_age_s) == ("running or stopped", 4, 1, 300)
+    assert (status.state, status.step, status.restarts, status.last_step_age_s) == ("stopped", 4, 1, 300)
     start(run, 0, age=50)
     assert read_status(run, NOW).state == "waiting to start"
     log(run, 0, 1)
@@ -296,13 +296,13 @@ def test_command(run: Path) -> None:
     publish(run, 5)
     printed = CliRunner().invoke(cli.app, ["status", str(run)])
     assert printed.exit_code == 0, printed.output
-    assert printed.output.startswith(f"{run}: running or stopped; last step ")
+    assert printed.output.startswith(f"{run}: stopped; last step ")
     assert "\n  step           7 of 20 (35.0%)\n" in printed.output
     as_json = CliRunner().invoke(cli.app, ["status", str(run), "--json"])
     found = json.loads(as_json.output)
     expected = json.loads(read_status(run, NOW).model_dump_json())
     assert found.keys() == expected.keys()
-    assert (found["state"], found["step"], found["checkpoint"]["step"]) == ("running or stopped", 7, 5)
+    assert (found["state"], found["step"], found["checkpoint"]["step"]) == ("stopped", 7, 5)
     assert found["held_out"]["held_out_no_attention"] == {"step": 7, "loss": pytest.approx(3.4)}
 
 
