@@ -10,11 +10,9 @@ from lhcp.checkpoint.compare import check_meaning
 from lhcp.checkpoint.manifest import DataEntry
 from lhcp.checkpoint.resume import LAST, first_readable
 from lhcp.config import ConfigError, RunConfig
+from lhcp.config_file import CONFIG_FILE
 from lhcp.data import SplitName, TokenDataset
 from lhcp.metrics import EVENTS_FILE, METRICS_FILE
-
-CONFIG_FILE = "config.yaml"
-"""The resolved configuration in a run folder."""
 
 
 def check_files(config: RunConfig, resume: str | None = None, allowed: Collection[str] = ()) -> None:

@@ -12,8 +12,9 @@ import typer
 
 import lhcp
 from lhcp import config_file
-from lhcp.checks import CONFIG_FILE, check_files
+from lhcp.checks import check_files
 from lhcp.config import ConfigError
+from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import torchrun
 
 if TYPE_CHECKING:

@@ -22,6 +22,8 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, ModelConfig, RunConfig
 from lhcp.presets import MODEL_PRESETS
 
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration in a run folder."""
 _TAG = "type"
 """The key that says which section of a union is meant."""
 _KIND_IN_WORDS = {
@@ -195,8 +197,9 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
     try:
         start = Checkpoint.open(folder).manifest.model
     except ConfigError as error:
-        if all(key in model for key, field in ModelConfig.model_fields.items() if field.is_required()):
-            return None  # a run that has begun, resumed from its own configuration, needs it no more
+        if begun := _model_of_begun_run(data, model["init_from"]):
+            data["model"] = begun | model
+            return None
         steps = published(folder)
         hint = f"; the newest of that run is {step_folder(folder, steps[-1])}" if steps else ""
         if (folder / "config.json").exists():
@@ -204,6 +207,13 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
         raise ConfigError(f"model.init_from: {error}{hint}") from None
     data["model"] = start.model_dump() | model
     return start
+
+
+def _model_of_begun_run(data: dict[Any, Any], init_from: str) -> dict[str, Any] | None:
+    """The model of the run in output_dir, if it began with that checkpoint: such a run needs it no more."""
+    path = Path(str(data.get("output_dir"))) / CONFIG_FILE
+    model = _read_mapping(path).get("model") if path.exists() else None
+    return model if isinstance(model, dict) and model.get("init_from") == init_from else None
 
 
 def _check_same_shape(model: ModelConfig, start: ModelConfig) -> None:

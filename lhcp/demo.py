@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lhcp import config_file, metrics
-from lhcp.checks import CONFIG_FILE, check_files
+from lhcp.checks import check_files
 from lhcp.config import ConfigError, RunConfig
+from lhcp.config_file import CONFIG_FILE
 from lhcp.data import TokenDataset, bigram_entropy, prepare, unigram_entropy
 from lhcp.launch import torchrun
 from lhcp.plot import plot_loss

@@ -21,8 +21,8 @@ import torch
 
 from lhcp import config_file
 from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, set_aside
-from lhcp.checks import CONFIG_FILE
 from lhcp.config import RunConfig
+from lhcp.config_file import CONFIG_FILE
 from lhcp.environment import now, versions
 from lhcp.launch.snapshot import code_digest, copy_code
 from lhcp.metrics import STARTS_FILE, JsonLines

@@ -18,8 +18,8 @@ from rich.text import Text
 from lhcp import config_file
 from lhcp.checkpoint.folder import published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
-from lhcp.checks import CONFIG_FILE
 from lhcp.config import ConfigError, RunConfig, Section, StageMode
+from lhcp.config_file import CONFIG_FILE
 from lhcp.flops import step_flops
 from lhcp.lock import holder
 from lhcp.metrics import HELD_OUT, METRICS_FILE, STARTS_FILE, read_events, read_metrics

@@ -67,10 +67,15 @@ def test_equal_keys_may_be_given(tmp_path: Path, start: Path) -> None:
 
 def test_a_run_that_has_begun_outlives_it(tmp_path: Path, start: Path) -> None:
     load(tmp_path, f"init_from: {start}")
-    config = config_file.load(tmp_path / "run.yaml")
-    config_file.save(config, tmp_path / "saved.yaml")
+    in_folder = [f"output_dir={tmp_path / 'run'}"]
+    config = config_file.load(tmp_path / "run.yaml", in_folder)
+    (tmp_path / "run").mkdir()
+    config_file.save(config, tmp_path / "run" / "config.yaml")
     shutil.rmtree(start)
-    assert config_file.load(tmp_path / "saved.yaml") == config
+    assert config_file.load(tmp_path / "run" / "config.yaml") == config
+    assert config_file.load(tmp_path / "run.yaml", in_folder) == config
+    with pytest.raises(ConfigError, match=r"model.init_from: no checkpoint in"):
+        config_file.load(tmp_path / "run.yaml", [f"output_dir={tmp_path / 'other'}"])
 
 
 def test_keys_that_contradict_it_are_named(tmp_path: Path, start: Path) -> None:
