@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pydantic import TypeAdapter
 
-from lhcp.checkpoint.manifest import INDEX_FILE, Checkpoint
+from lhcp.checkpoint.manifest import INDEX_FILE, Checkpoint, FileName
 from lhcp.config import Section
 
 
 class Chunk(Section):
     """A box of a tensor; in its file it has the tensor's name."""
 
-    file: str
+    file: FileName
     offset: tuple[int, ...]
     size: tuple[int, ...]
 

@@ -20,6 +20,8 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.json"
 
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""In the checkpoint's own folder."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -63,7 +65,7 @@ class Manifest(Section):
     layout: dict[Literal["dp", "cp"], int] | None = None
     """Ranks that wrote it; any others can read it."""
     versions: dict[str, str]
-    files: dict[str, FileEntry] = Field(default_factory=dict)
+    files: dict[FileName, FileEntry] = Field(default_factory=dict)
     """Every other file of the folder."""
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forked_runs import run_to_end
+from forked_runs import ForkedRun, run_to_end
 from lhcp import config_file
 from lhcp.attention.layers import LayerAttention
 from lhcp.checkpoint import storage
@@ -19,7 +19,7 @@ from lhcp.checkpoint.folder import published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checkpoint.saver import Saver
 from lhcp.config import RunConfig
-from lhcp.metrics import read_metrics
+from lhcp.metrics import HELD_OUT, read_events, read_metrics
 from lhcp.parallelize import full, on_any_rank
 from ranks import run_ranks
 from runs import largest_error, make_config, make_trainer, write_data
@@ -143,18 +143,12 @@ def test_random_numbers_of_a_step_do_not_depend_on_where_the_run_began(whole: Ru
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(data: Path, tmp_path: Path) -> None:
-    """With storage that takes a second: steps are done between the start of a save and its publication, and what is
+    """With storage that takes half a second: steps are done between a save and its publication, and what is
     published is the state at the start."""
     config = make_config(data, 1, 2, global_batch_size=1, output_dir=tmp_path)
 
     def steps_meanwhile(rank: int) -> tuple[int, State]:
-        original = storage.save_file
-
-        def slow(*args: object) -> None:
-            time.sleep(1)
-            original(*args)
-
-        storage.save_file = slow
+        slow_storage(rank)
         trainer, saver = make_trainer(config), Saver(tmp_path, 1, torch.device("cpu"))
         trainer.train_step()
         state = {name: full(x.detach()).clone() for name, x in trainer.state().items()}
@@ -168,11 +162,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(data: Path, tmp_path: Pa
         saved = saver.collect(block=True)
         assert saved is not None
         assert saved.error is None
-        assert 1 <= saved.seconds <= time.perf_counter() - started - 0.5, "until it is published, not until collected"
+        assert 0.5 <= saved.seconds <= time.perf_counter() - started - 0.5, "until it is published, not until collected"
         return steps, state
 
     for steps, state in run_ranks(2, steps_meanwhile):
-        assert steps >= 5, "training waited for the storage"
+        assert steps >= 3, "training waited for the storage"
         saved = published_tensors(tmp_path, 1)
         assert all(torch.equal(saved[name], state[name]) for name in state)
 
@@ -192,3 +186,38 @@ def test_no_checkpoint_is_a_pickle(whole: RunConfig) -> None:
     files = list(step_folder(whole.output_dir, STEPS).iterdir())
     assert {path.suffix for path in files} == {".json", ".sha256", ".safetensors"}
     assert all(path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"PK") for path in files)
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, 1, 1, output_dir=tmp_path / "run", eval={"sequences": 1, "every": 15})
+    config_file.save(config, tmp_path / "run.yaml")
+    arguments = [str(tmp_path / "run.yaml"), "--resume", "last"]
+    assert run_to_end(1, arguments, tmp_path / "out.txt") == [0]
+    evaluations = [event for event in read_events(tmp_path / "run") if event["event"] == HELD_OUT]
+    assert [event["step"] for event in evaluations] == [14, 19]
+    (tmp_path / "run" / "events.jsonl").unlink()
+    assert run_to_end(1, arguments, tmp_path / "out.txt") == [0]
+    assert [event for event in read_events(tmp_path / "run") if event["event"] == HELD_OUT] == evaluations[1:]
+
+
+def slow_storage(rank: int) -> None:
+    original = storage.save_file
+
+    def slow(*args: object) -> None:
+        time.sleep(0.5)
+        original(*args)
+
+    storage.save_file = slow
+
+
+def test_a_save_that_has_begun_is_finished_when_training_diverges(data: Path, tmp_path: Path) -> None:
+    config = make_config(
+        data, 1, 2, output_dir=tmp_path / "run", eval={}, checkpoint={"every": 1},
+        optim={"lr": 1e200, "warmup_steps": 0, "max_skipped_steps": 0},
+    )  # fmt: skip
+    config_file.save(config, tmp_path / "run.yaml")
+    output = tmp_path / "out.txt"
+    assert ForkedRun(2, [str(tmp_path / "run.yaml")], output, slow_storage).wait() == [1, 1]
+    assert published(tmp_path / "run") == [1]
+    Checkpoint.open(step_folder(tmp_path / "run", 1)).verify()
+    assert "Traceback" not in output.read_text()

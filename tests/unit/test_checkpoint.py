@@ -191,6 +191,14 @@ def test_a_checkpoint_of_another_format_is_told_apart_from_damage(data: Path, tm
         Checkpoint.open(tmp_path / "nothing")
 
 
+def test_files_are_those_of_its_own_folder(data: Path, tmp_path: Path) -> None:
+    folder = write_manifest(tmp_path, make_config(data, 1, 1), 1)
+    outside = read_checked(folder / "manifest.json").replace('"files":{}', '"files":{"../x":{"bytes":1,"sha256":""}}')
+    write_checked(folder / "manifest.json", outside)
+    with pytest.raises(ConfigError, match="not of this version of lhcp"):
+        Checkpoint.open(folder)
+
+
 ATTENTION = {"num_levels": 3, "pooling_factor": 3, "topk": 24, "num_strata": 8}
 
 
