@@ -221,3 +221,22 @@ def test_a_save_that_has_begun_is_finished_when_training_diverges(data: Path, tm
     assert published(tmp_path / "run") == [1]
     Checkpoint.open(step_folder(tmp_path / "run", 1)).verify()
     assert "Traceback" not in output.read_text()
+
+
+def test_skipped_steps_are_counted_on(data: Path, tmp_path: Path) -> None:
+    config = make_config(data, 1, 1, output_dir=tmp_path)
+
+    def counts(rank: int) -> list[tuple[int, int, int]]:
+        trainer = make_trainer(config)
+        trainer.train_step()
+        honest = trainer.gradients
+        trainer.gradients = lambda step, attention: honest(step, attention) * torch.nan
+        for _ in range(2):
+            trainer.train_step()
+        saver = Saver(tmp_path, 1, torch.device("cpu"))
+        saver.start(trainer.state(), trainer.manifest())
+        saver.collect(block=True)
+        resumed = make_trainer(config, Checkpoint.open(step_folder(tmp_path, 3)))
+        return [(each.done, each.optimizer_steps, each.skipped_in_a_row) for each in (trainer, resumed)]
+
+    assert run_ranks(1, counts) == [[(3, 1, 2)] * 2]
