@@ -33,11 +33,13 @@ def test_a_signal_is_noted_and_handlers_come_back(number: signal.Signals) -> Non
 
 
 def test_ctrl_c_is_none_of_them() -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with stop_on_signal(0.05) as request:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         time.sleep(0.1)
         assert request.signal is None
+    signal.signal(signal.SIGINT, previous)
 
 
 def test_leaving_in_time_ends_the_countdown() -> None:
