@@ -61,15 +61,16 @@ def go_on(config: RunConfig, folders: list[Path], rank: int) -> list[tuple[State
 def test_from_any_step_at_the_same_layout_bit_by_bit(whole: RunConfig) -> None:
     final = published_tensors(whole.output_dir, STEPS)
     losses = [record["loss"] for record in read_metrics(whole.output_dir)]
-    folders = [step_folder(whole.output_dir, step) for step in range(1, STEPS)]
+    steps = range(1, STEPS) if whole.parallel.cp > 1 else (1, SWITCH - 1, SWITCH, SWITCH + 1, STEPS - 1)
+    folders = [step_folder(whole.output_dir, step) for step in steps]
     for outcomes in run_ranks(2, partial(go_on, whole, folders), timeout=120):
-        for step, (state, after) in enumerate(outcomes, start=1):
+        for step, (state, after) in zip(steps, outcomes, strict=True):
             assert after == losses[step:]
             assert state.keys() == final.keys()
             assert all(torch.equal(state[name], final[name]) for name in final), f"resumed after step {step}"
 
 
-@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
 def test_at_another_layout_up_to_rounding(whole: RunConfig, data: Path, dp: int, cp: int) -> None:
     """From the Lighthouse stage and from the switch; float64."""
     config = make_config(data, dp, cp, eval={})
@@ -158,11 +159,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(data: Path, tmp_path: Pa
         while not on_any_rank(bool(published(tmp_path)), torch.device("cpu")) and trainer.done < config.total_steps:
             trainer.train_step()
             steps += 1
-        time.sleep(0.5)
+        time.sleep(1)
         saved = saver.collect(block=True)
         assert saved is not None
         assert saved.error is None
-        assert 0.5 <= saved.seconds <= time.perf_counter() - started - 0.5, "until it is published, not until collected"
+        assert 0.5 <= saved.seconds < time.perf_counter() - started - 0.3, "until it is published, not until collected"
         return steps, state
 
     for steps, state in run_ranks(2, steps_meanwhile):
