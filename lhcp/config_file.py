@@ -10,41 +10,18 @@ import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from lhcp.checkpoint.folder import published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, ModelConfig, RunConfig
+from lhcp.config.validation import annotation_at, sections, shown, validate
 from lhcp.presets import MODEL_PRESETS
 
 CONFIG_FILE = "config.yaml"
 """The resolved configuration in a run folder."""
-_TAG = "type"
-"""The key that says which section of a union is meant."""
-_KIND_IN_WORDS = {
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "path": "must be a path",
-    "list": "must be a list",
-    "tuple": "must be a list",
-}
-_LIMIT_IN_WORDS = {
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be greater than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be less than {lt:g}",
-    "multiple_of": "must be a multiple of {multiple_of:g}",
-    "too_short": "must have at least {min_length} item(s)",
-    "too_long": "must have at most {max_length} item(s)",
-    "literal_error": "must be {expected}",
-    "finite_number": "must be finite",
-}
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -61,15 +38,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             file or an override cannot be read. What depends on several sections is checked by
             `RunConfig.resolve`.
     """
-    data = _read_mapping(path)
+    data = read_mapping(path)
     for override in overrides:
         _apply_override(data, override)
     _expand_preset(data)
     start = _expand_init_from(data)
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(map(_describe, error.errors(include_url=False)))) from None
+    config = validate(RunConfig, data)
     if start is not None:
         _check_same_shape(config.model, start)
     return config
@@ -116,7 +90,12 @@ def _parse(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: not YAML ({_one_line(error)})") from None
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, or it holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -127,7 +106,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     data = _parse(text, str(path))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: given {_shown(data)} at the top level, must be a mapping (key: value)")
+        raise ConfigError(f"{path}: given {shown(data)} at the top level, must be a mapping (key: value)")
     return data
 
 
@@ -149,13 +128,13 @@ def _enter(here: dict[Any, Any] | list[Any], part: str, path: list[str], name: s
     slot = _slot(here, part, path[:-1], name)
     dotted = ".".join(path)
     if isinstance(here, dict) and slot not in here:
-        known = _annotation_at(path)
-        if known is not None and not _sections(known):
+        known = annotation_at(RunConfig, path)
+        if known is not None and not sections(known):
             raise ConfigError(f"{name}: {dotted} is not a section or a list in the file; set {dotted} as a whole")
         here[slot] = {}
     inner = here[slot]
     if not isinstance(inner, dict | list):
-        raise ConfigError(f"{name}: {dotted} is {_shown(inner)}, not a section")
+        raise ConfigError(f"{name}: {dotted} is {shown(inner)}, not a section")
     here[slot] = copy.copy(inner)  # an alias (*name) elsewhere in the file keeps its value
     return here[slot]
 
@@ -184,7 +163,7 @@ def _expand_preset(data: dict[Any, Any]) -> None:
     if not isinstance(name, str) or name not in MODEL_PRESETS:
         close = difflib.get_close_matches(str(name), MODEL_PRESETS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"model.preset: given {_shown(name)}, must be one of: {', '.join(MODEL_PRESETS)}{hint}")
+        raise ConfigError(f"model.preset: given {shown(name)}, must be one of: {', '.join(MODEL_PRESETS)}{hint}")
     data["model"] = MODEL_PRESETS[name].model_dump() | given
 
 
@@ -212,7 +191,7 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
 def _model_of_begun_run(data: dict[Any, Any], init_from: str) -> dict[str, Any] | None:
     """The model of the run in output_dir, if it began with that checkpoint: such a run needs it no more."""
     path = Path(str(data.get("output_dir"))) / CONFIG_FILE
-    model = _read_mapping(path).get("model") if path.exists() else None
+    model = read_mapping(path).get("model") if path.exists() else None
     return model if isinstance(model, dict) and model.get("init_from") == init_from else None
 
 
@@ -220,101 +199,12 @@ def _check_same_shape(model: ModelConfig, start: ModelConfig) -> None:
     """Refuse keys that contradict the checkpoint that the weights are from."""
     given = model.model_dump()
     wrong = [
-        f"model.{key}: given {_shown(given[key])}, but the checkpoint in model.init_from has {_shown(value)}; remove it"
+        f"model.{key}: given {shown(given[key])}, but the checkpoint in model.init_from has {shown(value)}; remove it"
         for key, value in start.model_dump().items()
         if key != "init_from" and given[key] != value
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
-
-
-def _describe(error: ErrorDetails) -> str:
-    """One line for one of pydantic's errors."""
-    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    key = _written(loc)
-    if kind == "union_tag_not_found":
-        return f"{key}.{_TAG}: required, must be {_tags_at(loc)}"
-    if kind == "union_tag_invalid":
-        return f"{key}.{_TAG}: given {_shown(error['input'][_TAG])}, must be {_tags_at(loc)}"
-    if kind == "missing":
-        return f"{key}: required"
-    if kind in ("extra_forbidden", "invalid_key"):
-        return f"{key}: unknown key; {_suggestion(loc)}"
-    if kind == "value_error":
-        return f"{key}: {context['error']}"
-    if kind == "model_type":
-        valid = f"must be a section with the keys {', '.join(_keys_at(loc))}"
-    elif kind == "model_attributes_type":
-        valid = f"must be a section with {_TAG}: {_tags_at(loc)}"
-    elif kind in _LIMIT_IN_WORDS:
-        valid = _LIMIT_IN_WORDS[kind].format(**context)
-    else:
-        fallback = error["msg"].replace("Input should be", "must be")
-        valid = _KIND_IN_WORDS.get(kind.partition("_")[0], fallback)
-    return f"{key}: given {_shown(error['input'])}, {valid}"
-
-
-def _suggestion(loc: Sequence[int | str]) -> str:
-    keys = _keys_at(loc[:-1])
-    close = difflib.get_close_matches(str(loc[-1]), keys, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    section = _written(loc[:-1])
-    return f"{hint}valid{f' in {section}' if section else ''}: {', '.join(keys)}"
-
-
-def _written(loc: Sequence[int | str]) -> str:
-    """The key path `loc` as in the file: pydantic also puts in which section of a union it took, by its tag."""
-    return ".".join(str(part) for i, part in enumerate(loc) if _tagged(_annotation_at(loc[:i]), part) is None)
-
-
-def _keys_at(loc: Sequence[int | str]) -> list[str]:
-    """Every key of the section at `loc`."""
-    (section,) = _sections(_annotation_at(loc))
-    return (["preset"] if section is ModelConfig else []) + list(section.model_fields)
-
-
-def _tags_at(loc: Sequence[int | str]) -> str:
-    """In words, the tags of the sections of which there can be one at `loc`."""
-    return " or ".join(repr(_tag(section)) for section in _sections(_annotation_at(loc)))
-
-
-def _annotation_at(loc: Sequence[int | str]) -> Any:
-    """The declared type at the key path `loc`, with or without the tags of unions; None where a key is unknown."""
-    here: Any = RunConfig
-    for part in loc:
-        here = _tagged(here, part) or _annotation_in(here, part)
-    return here
-
-
-def _annotation_in(annotation: Any, part: int | str) -> Any:
-    """The declared type of a key of a section, or of the items of a list."""
-    sections = _sections(annotation)
-    if not sections:
-        return next(iter(get_args(annotation)), None)  # the items of a list are of one type
-    fields = (section.model_fields.get(str(part)) for section in sections)
-    return next((field.annotation for field in fields if field), None)
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The section that a type is, or those of which it is one; they have different tags."""
-    members = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
-    return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-
-
-def _tagged(annotation: Any, tag: int | str) -> type[BaseModel] | None:
-    """Of a type that is one of several sections, that with this tag."""
-    sections = _sections(annotation)
-    return next((section for section in sections if len(sections) > 1 and _tag(section) == tag), None)
-
-
-def _tag(section: type[BaseModel]) -> str:
-    return str(section.model_fields[_TAG].default)
-
-
-def _shown(value: object) -> str:
-    """What the user gave, on one line and not longer than is useful."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _one_line(text: object) -> str:

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 ENTRY_POINTS = {"train", "cli"}
 # Parts that need nothing installed but these.
 THIRD_PARTY: dict[str, set[str]] = {
-    "config": {"pydantic"},
+    "config": {"pydantic", "pydantic_core"},
     "presets": {"pydantic"},
     "plan": {"pydantic"},
     "launch": set(),
