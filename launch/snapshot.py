@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1]
 def copy_code(to: Path) -> None:
     """Copy the package to `to`/lhcp, so that `PYTHONPATH=to` runs it; nothing where there is a copy already.
 
-    Links are followed: the copy has kernels, launch and slurm in it.
+    Links are followed: the copy has kernels, launch and slurm in it. From a checkout, benchmarks go along.
 
     Raises:
         OSError: it cannot be written.
@@ -23,6 +23,9 @@ def copy_code(to: Path) -> None:
     partial = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(PACKAGE, partial / "lhcp", ignore=shutil.ignore_patterns("__pycache__"))
+    benchmarks = PACKAGE.parent / "benchmarks"
+    if (benchmarks / "__init__.py").exists():
+        shutil.copytree(benchmarks, partial / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
     partial.rename(to)
 
 

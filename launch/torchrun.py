@@ -27,6 +27,25 @@ def command(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequ
     return [*torchrun, "-m", "lhcp.train", str(config_path), *sets, *flags]
 
 
+def on_each_node(
+    config_path: Path, overrides: Sequence[str], nodes: int, nproc: int, head: str, resume: str | None
+) -> list[str]:
+    """The command line that trains on several machines: the same on each, `nproc` processes on each.
+
+    Args:
+        config_path, overrides: of the run.
+        nodes: machines.
+        nproc: processes on each, one a GPU.
+        head: HOST:PORT of one of them, at which they meet.
+        resume: see `lhcp.train`.
+    """
+    meet = [f"--nnodes={nodes}", f"--nproc-per-node={nproc}", "--rdzv-backend=c10d", f"--rdzv-endpoint={head}",
+            f"--rdzv-id={config_path.stem}"]  # fmt: skip
+    sets = [word for override in overrides for word in ("--set", override)]
+    flags = [] if resume is None else ["--resume", resume]
+    return [sys.executable, "-m", "lhcp.agent", *meet, "-m", "lhcp.train", str(config_path), *sets, *flags]
+
+
 def environment(nproc: int) -> dict[str, str]:
     """This process's environment, with the cores shared out unless OMP_NUM_THREADS is set already."""
     cores = os.cpu_count() or 1
@@ -46,10 +65,11 @@ def run(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence
     Raises:
         OSError: when the interpreter cannot be started.
     """
-    return _run_forwarding(command(config_path, overrides, nproc, flags), environment(nproc))
+    return run_forwarding(command(config_path, overrides, nproc, flags), environment(nproc))
 
 
-def _run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
+def run_forwarding(argv: Sequence[str], env: dict[str, str]) -> int:
+    """See `run`."""
     child: subprocess.Popen[bytes] | None = None
     received: list[int] = []
 

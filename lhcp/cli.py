@@ -15,16 +15,13 @@ from lhcp import config_file
 from lhcp.checks import check_files
 from lhcp.config import ConfigError
 from lhcp.config_file import CONFIG_FILE
+from lhcp.launch import cli as launch_cli
 from lhcp.launch import torchrun
+from lhcp.launch.cli import Overrides
 
 if TYPE_CHECKING:
     from lhcp.checkpoint.manifest import Checkpoint
     from lhcp.data import DatasetIndex
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the configuration, such as optim.lr=1e-3."),
-]
 
 app = typer.Typer(
     help="Long-sequence training with Lighthouse attention.",
@@ -34,6 +31,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Token files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(launch_cli.app, name="launch")
 
 
 def main() -> None:
@@ -101,6 +99,11 @@ def status(
         print(found.model_dump_json(indent=2))
     else:
         show(found)
+
+
+app.command("submit")(launch_cli.submit_command)
+app.command("logs")(launch_cli.logs_command)
+app.command("cancel")(launch_cli.cancel_command)
 
 
 @data_app.command()

@@ -56,9 +56,13 @@ def save(config: RunConfig, path: Path) -> None:
         FileExistsError: when there is such a file.
         OSError: when `path` cannot be written; its folder must exist.
     """
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with path.open("x", encoding="utf-8") as file:
-        file.write(text)
+        file.write(dump(config))
+
+
+def dump(config: RunConfig) -> str:
+    """`config`, defaults included, as YAML that `load` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):

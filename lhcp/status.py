@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -22,7 +20,8 @@ from lhcp.config import ConfigError, RunConfig, Section, StageMode
 from lhcp.config_file import CONFIG_FILE
 from lhcp.flops import step_flops
 from lhcp.lock import holder
-from lhcp.metrics import HELD_OUT, METRICS_FILE, STARTS_FILE, read_events, read_metrics
+from lhcp.metrics import HELD_OUT, read_events
+from lhcp.progress import Record, read_starts, read_steps
 
 State = Literal["waiting to start", "running", "stopped", "finished"]
 """A run does not say that it stops, so a folder cannot tell a slow run from one that was killed."""
@@ -32,8 +31,6 @@ _RECENT = 20
 _TIMED = 50
 """Last steps of a stage that the time of a step is taken from."""
 _INDENT = 17
-
-Record = dict[str, Any]
 
 
 class CheckpointStatus(Section):
@@ -100,8 +97,7 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
         ConfigError: the folder is no run's, or its configuration cannot be read.
     """
     config = _read_config(run_dir)
-    starts = _read_starts(run_dir)
-    steps, logged = _read_steps(run_dir, starts)
+    steps, logged = read_steps(run_dir)
     done = steps[-1]["step"] + 1 if steps else 0
     stage = next((n for n, span in enumerate(_spans(config)) if done <= span.stop), len(config.stages) - 1)
     losses = [record["loss"] for record in steps if record["loss"] is not None]
@@ -125,7 +121,7 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
         checkpoint=checkpoint,
         damaged_checkpoints=damaged,
         num_checkpoints=len(published(run_dir)),
-        restarts=max(0, len(starts) - 1),
+        restarts=max(0, len(read_starts(run_dir)) - 1),
         skipped_steps=sum(None in (record["loss"], record["grad_norm"]) for record in steps),
         held_out=_held_out(run_dir, done),
     )
@@ -175,29 +171,6 @@ def _read_config(run_dir: Path) -> RunConfig:
         return config_file.load(path)
     except ConfigError as error:
         raise ConfigError(f"{path} is not a configuration of this version of lhcp:\n{error}") from None
-
-
-def _read_starts(run_dir: Path) -> list[Record]:
-    """One object for each start; none of a run that began before they were recorded."""
-    starts = []
-    with suppress(FileNotFoundError):
-        for line in (run_dir / STARTS_FILE).read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # torn by a kill
-                starts.append(json.loads(line))
-    return starts
-
-
-def _read_steps(run_dir: Path, starts: Sequence[Record]) -> tuple[list[Record], float]:
-    """The metrics of the steps done, and when the last of them was logged, in seconds since the epoch."""
-    try:
-        steps = read_metrics(run_dir)
-        logged = (run_dir / METRICS_FILE).stat().st_mtime
-    except FileNotFoundError:
-        return [], 0.0
-    if starts and logged < datetime.fromisoformat(starts[-1]["time"]).timestamp():
-        # The last start has logged no step yet; those from its first on are done again.
-        steps = [record for record in steps if record["step"] < starts[-1]["step"]]
-    return steps, logged
 
 
 def _last_checkpoint(run_dir: Path, now: float) -> tuple[CheckpointStatus | None, list[str]]:

@@ -71,7 +71,7 @@ PARENT = """\
 import os, sys
 import lhcp
 from lhcp.launch import torchrun
-sys.exit(torchrun._run_forwarding([sys.executable, "-c", sys.argv[1]], dict(os.environ)))
+sys.exit(torchrun.run_forwarding([sys.executable, "-c", sys.argv[1]], dict(os.environ)))
 """
 
 
@@ -106,5 +106,5 @@ def test_the_child_does_not_outlive_its_parent() -> None:
 def test_death_by_signal_is_an_exit_code() -> None:
     before = signal.getsignal(signal.SIGTERM)
     suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert torchrun._run_forwarding([sys.executable, "-c", suicide], dict(os.environ)) == 128 + signal.SIGKILL
+    assert torchrun.run_forwarding([sys.executable, "-c", suicide], dict(os.environ)) == 128 + signal.SIGKILL
     assert signal.getsignal(signal.SIGTERM) is before

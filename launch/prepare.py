@@ -1,0 +1,251 @@
+"""From a template, a configuration and a site to a folder that a job runs from. Imports no torch.
+
+OUT/code/lhcp           copy of the package (and of benchmarks): what every job of this folder runs
+OUT/jobs/001            one submission:
+    job.sbatch          the script, with everything of this job and site in it
+    config.yaml         the configuration with presets, --set and paths written out; config-I.yaml in an array
+    elements.txt        names of the elements of an array, by index
+    logs                of the scheduler
+OUT/jobs/jobs.jsonl     one object a job: see lhcp.launch.jobs
+
+Where a run is trained OUT is its run folder; the runs of a grid are folders in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lhcp import config_file
+from lhcp.checks import check_files
+from lhcp.config import ConfigError, RunConfig
+from lhcp.launch import grid, script
+from lhcp.launch.jobs import JOBS_FOLDER, numbers
+from lhcp.launch.script import Options, Script
+from lhcp.launch.site import Site, check_option
+from lhcp.launch.snapshot import copy_code
+
+SCRIPT_FILE = "job.sbatch"
+MARGIN_S = 30
+"""Seconds that a job needs at least between the signal's and its own end to be requeued."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody asks for."""
+
+    template: str
+    """Name of a template, or file."""
+    config: Path | None = None
+    """A run's configuration or a grid, as the template needs."""
+    overrides: Sequence[str] = ()
+    out: Path | None = None
+    """Where results go; None: the configuration's output_dir."""
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """Options of sbatch instead of the template's and the site's."""
+    site: Site = field(default_factory=Site)
+    resume: bool = False
+    """Whether there may be a run in `out` already, to go on with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked job, before anything is written."""
+
+    out: Path
+    folder: Path
+    options: Options
+    text: str
+    """Of the script."""
+    files: Mapping[str, str]
+    """Texts of further files of the job's folder, by name."""
+    elements: int | None
+    """Of a job array; None: it is none."""
+
+    @property
+    def name(self) -> str:
+        """Of the job."""
+        return self.options["job-name"] or ""
+
+    @property
+    def script(self) -> Path:
+        """Where the script is, once it is written."""
+        return self.folder / SCRIPT_FILE
+
+    def write(self) -> None:
+        """Write the job's folder, and the copy of the code where there is none yet.
+
+        Raises:
+            OSError: it cannot be written, or another submission took the same number.
+        """
+        self.folder.mkdir(parents=True)
+        copy_code(self.out / "code")
+        for name, text in self.files.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+        self.script.write_text(self.text, encoding="utf-8")
+        self.script.chmod(0o755)
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request as far as this machine can tell, and say what would be submitted; writes nothing.
+
+    Raises:
+        ConfigError: a wrong value, with what is valid.
+    """
+    template = script.read(request.template)
+    options = _options(template, request)
+    world = _count(options, "nodes") * _count(options, "gpus-per-node")
+    configs = _configs(template, request)
+    for name, config in configs.items():
+        try:
+            _check(template, config.resolve(world), options, request.resume)
+        except ConfigError as error:
+            where = f"{name}: " if len(configs) > 1 else ""
+            raise ConfigError(f"{where}{error}") from None
+    out = _out(template, request, configs)
+    folder = out / JOBS_FOLDER / f"{_next_number(out, request.resume):03d}"
+    files = {}
+    if template.needs == "grid":
+        options["array"] = f"0-{len(configs) - 1}{options.get('array') or ''}"
+        files["elements.txt"] = "".join(f"{name}\n" for name in configs)
+        files |= {f"config-{i}.yaml": config_file.dump(config) for i, config in enumerate(configs.values())}
+    elif configs:
+        files["config.yaml"] = config_file.dump(next(iter(configs.values())))
+    options |= {"output": str(folder / ("slurm-%A_%a.out" if "array" in options else "slurm-%j.out"))}
+    options = {"job-name": out.name} | options | {"chdir": str(folder)}
+    gpus = _count(options, "gpus-per-node")
+    name, value = request.site.gpu_option(gpus)
+    options = {(name if key == "gpus-per-node" else key): (value if key == "gpus-per-node" else old)
+               for key, old in options.items()}  # fmt: skip
+    paths = [out, *dict.fromkeys(path for config in configs.values() for path in _inputs(config))]
+    return Prepared(
+        out=out,
+        folder=folder,
+        options=options,
+        text=template.render(options, _prelude(out, folder, gpus, request.site, paths)),
+        files=files,
+        elements=len(configs) if template.needs == "grid" else None,
+    )
+
+
+def _options(template: Script, request: Request) -> Options:
+    """The template's options under the site's and the user's."""
+    for name in request.options:
+        try:
+            check_option(name)
+        except ValueError as error:
+            raise ConfigError(f"--sbatch: {error}") from None
+    return template.options | request.site.options() | dict(request.options)
+
+
+def _count(options: Options, name: str) -> int:
+    value = options.get(name)
+    if value is None or not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}: given {value!r}, must be a whole number of at least 1")
+    return int(value)
+
+
+def _configs(template: Script, request: Request) -> dict[str, RunConfig]:
+    """The configuration of each element by name, paths absolute; one named "config" where there is no grid."""
+    if template.needs == "nothing":
+        if request.config is not None:
+            raise ConfigError(f"template {template.name} takes no configuration; leave {request.config} out")
+        return {}
+    if request.config is None:
+        wanted = "a grid" if template.needs == "grid" else "a run's configuration"
+        raise ConfigError(f"template {template.name} needs {wanted} (a YAML file)")
+    if template.needs == "config":
+        out = [] if request.out is None else [_output_dir(request.out)]
+        return {"config": _absolute(config_file.load(request.config, [*request.overrides, *out]))}
+    if request.out is None:
+        raise ConfigError(f"template {template.name} writes many results; say where with --out")
+    base, elements = grid.load(request.config)
+    return {
+        element.name: _absolute(
+            config_file.load(base, [*request.overrides, *element.overrides, _output_dir(request.out / element.name)])
+        )
+        for element in elements
+    }
+
+
+def _output_dir(path: Path) -> str:
+    return f"output_dir={json.dumps(str(path))}"
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """A job does not run where it was submitted."""
+    model = config.model
+    if model.init_from is not None:
+        model = model.model_copy(update={"init_from": model.init_from.absolute()})
+    data = config.data.model_copy(update={"path": config.data.path.absolute()})
+    return config.model_copy(update={"model": model, "data": data, "output_dir": config.output_dir.absolute()})
+
+
+def _inputs(config: RunConfig) -> list[Path]:
+    return [config.data.path, *([config.model.init_from] if config.model.init_from else [])]
+
+
+def _out(template: Script, request: Request, configs: Mapping[str, RunConfig]) -> Path:
+    if request.out is not None:
+        out = request.out.absolute()
+    elif template.trains and template.needs == "config":
+        out = configs["config"].output_dir
+    else:
+        raise ConfigError(f"template {template.name}: say where results go with --out")
+    if wrong := [character for character in "%:\\\n" if character in str(out)]:
+        raise ConfigError(f"{out}: a folder that jobs write to cannot have {wrong[0]!r} in its name; choose another")
+    return out
+
+
+def _check(template: Script, config: RunConfig, options: Options, resume: bool) -> None:
+    """What can be wrong with a configuration in this job; it is resolved."""
+    if not template.trains:
+        return
+    check_files(config, "last" if resume else None)
+    signal, _, ahead = (options.get("signal") or "").rpartition("@")
+    if not signal or not ahead.isdecimal():
+        raise ConfigError(f"signal: given {options.get('signal')!r}, must be USR1@SECONDS before the time limit")
+    need = config.checkpoint.stop_timeout_s
+    if int(ahead) <= need:
+        raise ConfigError(
+            f"signal={signal}@{ahead} comes too late: a run may take checkpoint.stop_timeout_s = {need:g} s to save; "
+            f"give it more than that, or shorten checkpoint.stop_timeout_s"
+        )
+    limit = script.seconds(options.get("time") or "unlimited")
+    if limit is not None and limit < int(ahead) + MARGIN_S:
+        raise ConfigError(
+            f"time={options['time']} is over {ahead} s after the job is told to stop (signal={signal}@{ahead}), so it "
+            f"would train for less than {MARGIN_S} s; ask for more time, or shorten both signal and "
+            f"checkpoint.stop_timeout_s"
+        )
+
+
+def _next_number(out: Path, resume: bool) -> int:
+    taken = numbers(out)
+    if taken and not resume:
+        raise ConfigError(
+            f"{out} has been submitted already; `lhcp submit {out}` submits the same once more, --resume this one "
+            f"beside it, and another output_dir starts anew"
+        )
+    return max(taken, default=0) + 1
+
+
+def _prelude(out: Path, folder: Path, gpus: int, site: Site, paths: Sequence[Path]) -> str:
+    """Shell lines: this job's folders, then this site's settings."""
+    srun, python = site.command(list(paths))
+    lines = [
+        "# This job.",
+        f"export LHCP_OUT={shlex.quote(str(out))}",
+        f"export LHCP_JOB={shlex.quote(str(folder))}",
+        f"LHCP_GPUS={gpus}  # processes on each node",
+        "export PYTHONPATH=$LHCP_OUT/code${PYTHONPATH:+:$PYTHONPATH}",
+        "# This site.",
+        *site.setup,
+        *site.exports(),
+        "# shellcheck disable=SC2034  # used by what is sourced below",
+        f"LHCP_SRUN=({shlex.join(srun)}) LHCP_PYTHON=({shlex.join(python)})",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,152 @@
+"""What a job does next: `python -m lhcp.launch.verdict CONFIG OUTCOME`, asked by slurm/lib/train.sh. Imports no torch.
+
+OUTCOME is `start`, or the exit code of the training that has ended. The answer, one line on stdout:
+
+run         (again,) in these nodes
+requeue     later, perhaps on other nodes
+end CODE    no more; the reason is on stderr
+
+A failure is tried again in place once and requeued from the second time on. Failures in a row after which no further
+checkpoint was published make a crash loop, which ends at `checkpoint.max_failures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lhcp import config_file
+from lhcp.checkpoint.folder import published
+from lhcp.config import RunConfig
+from lhcp.launch.jobs import is_cancelled
+from lhcp.metrics import JsonLines
+from lhcp.progress import read_steps
+from lhcp.stop import EXIT_FORCED, EXIT_STOPPED
+
+FAILURES_FILE = "failures.jsonl"
+"""In a run folder: one object a failure, or `{"submitted": TIME}` where somebody started the run again."""
+EXIT_REFUSED = 2
+"""Something that the user can correct: starting again would not."""
+
+
+def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, str]) -> str:
+    """The answer; a failure is recorded in the run folder.
+
+    Args:
+        config: of the run.
+        out: the output folder that the job belongs to; the run folder, or the one above.
+        outcome: `start`, or an exit code.
+        job: of the failure's record, such as the job's number and nodes.
+    """
+    run_dir = config.output_dir
+    if outcome == "start":
+        return _before(config, out)
+    code = int(outcome)
+    if code in (0, EXIT_REFUSED) or is_cancelled(out):
+        return f"end {code}"
+    if code == EXIT_STOPPED:
+        return "requeue"
+    failure = {"time": _now(), "code": code, "step": _reached(run_dir), "saved": _saved(run_dir), **job}
+    record(run_dir, failure)
+    failures = in_a_row(run_dir)
+    if len(failures) >= config.checkpoint.max_failures:
+        _tell(crash_loop(config, failures))
+        return "end 1"
+    return "run" if len(failures) == 1 and code != EXIT_FORCED else "requeue"
+
+
+def _before(config: RunConfig, out: Path) -> str:
+    run_dir = config.output_dir
+    if _saved(run_dir) == config.total_steps:
+        _tell(f"the run in {run_dir} is finished: {config.total_steps} steps")
+        return "end 0"
+    if is_cancelled(out):
+        return f"end {EXIT_STOPPED}"
+    failures = in_a_row(run_dir)
+    if len(failures) >= config.checkpoint.max_failures:
+        _tell(crash_loop(config, failures))
+        return "end 1"
+    return "run"
+
+
+def crash_loop(config: RunConfig, failures: Sequence[Mapping[str, Any]]) -> str:
+    """The message that ends one."""
+    steps = sorted({failure["step"] + 1 for failure in failures})
+    where = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
+    codes = ", ".join(str(failure["code"]) for failure in failures)
+    run_dir = config.output_dir
+    return (
+        f"error: {where} of {config.total_steps} failed {len(failures)} times in a row, with no new checkpoint between "
+        f"(exit codes {codes}): not started again\n"
+        f"       the logs are in {run_dir / 'logs'} and beside the job's script; when the cause is mended, go on by\n"
+        f"       lhcp submit {run_dir}"
+    )
+
+
+def in_a_row(run_dir: Path) -> list[dict[str, Any]]:
+    """The last failures, since a checkpoint was published or somebody started the run again."""
+    path = run_dir / FAILURES_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    row: list[dict[str, Any]] = []
+    for line in lines:
+        failure = json.loads(line)
+        if "submitted" in failure:
+            row = []
+        elif row and failure["saved"] > row[-1]["saved"]:
+            row = [failure]
+        else:
+            row.append(failure)
+    return row if not row or _saved(run_dir) <= row[-1]["saved"] else []
+
+
+def forgive(run_dir: Path) -> None:
+    """Begin to count anew, because somebody starts the run again."""
+    if (run_dir / FAILURES_FILE).exists():
+        record(run_dir, {"submitted": _now()})
+
+
+def record(run_dir: Path, entry: Mapping[str, Any]) -> None:
+    """Append to the failures of a run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lines = JsonLines(run_dir / FAILURES_FILE)
+    lines.append(dict(entry))
+    lines.close()
+
+
+def _saved(run_dir: Path) -> int:
+    return max(published(run_dir), default=0)
+
+
+def _reached(run_dir: Path) -> int:
+    """The step, from 0, that was not ended."""
+    steps, _ = read_steps(run_dir)
+    return int(steps[-1]["step"]) + 1 if steps else 0
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the answer."""
+    parser = argparse.ArgumentParser(prog="lhcp.launch.verdict")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("outcome")
+    args = parser.parse_args(argv)
+    job = {key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if key in os.environ}
+    config = config_file.load(args.config)
+    print(next_action(config, Path(os.environ.get("LHCP_OUT", config.output_dir)), args.outcome, job))
+
+
+if __name__ == "__main__":
+    main()

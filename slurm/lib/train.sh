@@ -1,0 +1,33 @@
+# shellcheck shell=bash
+# Trains $LHCP_JOB/config.yaml (in an array, config-I.yaml), and does what lhcp.launch.verdict says when it has ended:
+# runs it again in these nodes, requeues the job, or ends it.
+
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$LHCP_OUT/code/lhcp/slurm/lib/environment.sh"
+# shellcheck source-path=SCRIPTDIR source=nodes.sh
+. "$LHCP_OUT/code/lhcp/slurm/lib/nodes.sh"
+
+config=$LHCP_JOB/config${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}.yaml
+outcome=start
+while :; do
+    read -r action code <<<"$(on_first_node -m lhcp.launch.verdict "$config" "$outcome")" || true
+    case $action in
+    run)
+        outcome=0
+        # dp follows from the GPUs that this job has. --resume last also begins a run that has no checkpoint.
+        on_nodes -m lhcp.train "$config" --resume last || outcome=$?
+        ;;
+    requeue)
+        echo "requeue: job $SLURM_JOB_ID goes on later, from the last checkpoint"
+        # Refused where the administrators or --no-requeue forbid it: then the next job of a chain goes on.
+        scontrol requeue "$SLURM_JOB_ID" ||
+            echo "not requeued; the next job of a chain goes on, or: lhcp submit $LHCP_OUT" >&2
+        exit 75
+        ;;
+    end) exit "$code" ;;
+    *) # The first node does not answer: perhaps another does.
+        echo "error: no answer from lhcp.launch.verdict, see above" >&2
+        exit 1
+        ;;
+    esac
+done
