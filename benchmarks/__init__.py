@@ -1,0 +1,1 @@
+"""Programs that measure. They run from the source tree, as `python -m benchmarks.NAME`."""

@@ -1,0 +1,209 @@
+"""One attention layer, Lighthouse and dense: random inputs, what is timed, and whether it is right.
+
+B = 1; N tokens, W ranks that share them, H query heads, G KV heads, D their width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.common import Record, largest_over_ranks, peak_memory_gib, reset_peak_memory, timed
+from lhcp.attention import Selection, lighthouse_attention, select
+from lhcp.config import BlockBackendName, LighthouseConfig, RunConfig
+from lhcp.distributed import ContextParallel
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
+"""Largest relative norm of an error, by dtype."""
+DILATED_TOLERANCE = {"float64": 0.0, "float32": 1e-2, "bfloat16": 1e-1}
+"""Largest share of entries that only one of two selections by the scorer `dilated` has, by dtype: its scores meet in
+an exchange, so rounding flips near-ties, of which eight bits make many. Those of `norm` are the same bit for bit."""
+SHORT = 2048
+"""Tokens that the check is about as long as: a reference in float64 holds N x N scores of every head."""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The tensors of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: RunConfig, device: torch.device) -> Layer:
+        """A layer of the run's model, on `device`."""
+        model = config.model
+        return cls(model.num_heads, model.num_kv_heads, model.head_dim, config.activation_dtype, device)
+
+    def inputs(self, length: int, seed: int, device: torch.device | None = None) -> list[Tensor]:
+        """Random normal q, k, v and gradient of the output: [1, length, H or G, D] in the layer's dtype.
+
+        Args:
+            length: tokens.
+            seed: of the numbers.
+            device: where they are drawn; None: the layer's own. Only those of a CPU are the same everywhere.
+        """
+        drawn_on, dtype = device or self.device, getattr(torch, self.dtype)
+        generator = torch.Generator(drawn_on).manual_seed(seed)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads, self.num_heads)
+        shapes = [(1, length, h, self.head_dim) for h in heads]
+        return [torch.randn(s, generator=generator, device=drawn_on, dtype=dtype).to(self.device) for s in shapes]
+
+
+def sdpa(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor) -> Tensor:
+    """Dense causal attention by PyTorch's own call, with the fastest kernel that takes the tensors."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BNGD, v_BNGD))
+    with sdpa_kernel(order, set_priority=True):
+        out: Tensor = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def lighthouse(config: LighthouseConfig, cp: ContextParallel, selection: Selection | None = None) -> Attention:
+    """Lighthouse attention; it selects too, unless it is given what to use."""
+    return partial(lighthouse_attention, cfg=config, selection=selection, context_parallel=cp)
+
+
+def forward_backward(attention: Attention, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Output and gradients of q, k and v, by name."""
+    *qkv, grad = (x.detach() for x in inputs)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = attention(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad)
+    return {"out": out.detach()} | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+
+
+def measure(attention: Attention, inputs: Sequence[Tensor], repeats: int) -> Record:
+    """Times and peak memory (collective where there are ranks)."""
+    device = inputs[0].device
+    reset_peak_memory(device)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return attention(*inputs[:3])
+
+    return {
+        "forward": timed(forward, device, repeats),
+        "forward_backward": timed(lambda: forward_backward(attention, inputs), device, repeats),
+        "peak_memory_gib": peak_memory_gib(device),
+    }
+
+
+def ratio(dense: Record, sparse: Record) -> dict[str, float]:
+    """How many times as long dense attention takes, by medians."""
+    return {kind: dense[kind]["p50_ms"] / sparse[kind]["p50_ms"] for kind in ("forward", "forward_backward")}
+
+
+def shortened(config: LighthouseConfig, seq_len: int, num_chunks: int) -> tuple[int, LighthouseConfig]:
+    """A length of about `SHORT` tokens, at most `seq_len`, and `config` in proportion: same pyramid, smaller strata.
+
+    Args:
+        config: resolved for `seq_len` and `num_chunks`.
+        seq_len: N.
+        num_chunks: of the context-parallel layout.
+    """
+    if seq_len <= SHORT:
+        return seq_len, config
+    per_chunk = min(2, config.strata // num_chunks)
+    strata, window = num_chunks * per_chunk, config.coarsest_window
+    # A chunk is a multiple of the dilation.
+    unit = config.dilation // math.gcd(window * per_chunk, config.dilation) if config.scorer == "dilated" else 1
+    entries = max(1, max(4, SHORT // (strata * window)) // unit) * unit
+    share = config.topk * window / seq_len
+    budget = min(entries, max(2, round(entries * share)))
+    length = strata * window * entries
+    if length >= seq_len:
+        return seq_len, config
+    return length, config.model_copy(update={"topk": strata * budget, "num_strata": strata}).resolve(length, num_chunks)
+
+
+def check(
+    layer: Layer,
+    length: int,
+    config: LighthouseConfig,
+    cp: ContextParallel,
+    dense: Attention,
+    backend: BlockBackendName,
+) -> Record:
+    """Compare output and gradients with those of one process that attends alone (collective).
+
+    Over several ranks that process computes in the layer's dtype with the same kernel; else in float64 with plain
+    products. Selections are compared on their own and then held fixed: else a flipped near-tie would count twice.
+
+    Args:
+        layer: the layer.
+        length: tokens, legal for `config`.
+        config: resolved.
+        cp: the ranks that share the sequence.
+        dense: dense attention over their shards.
+        backend: of the one process, where it computes in the layer's dtype.
+
+    Returns:
+        `passed`, and all that was compared; an error is a relative norm, that of the worst rank.
+    """
+    whole = layer.inputs(length, seed=0, device=torch.device("cpu"))
+    shards = [cp.shard(x) for x in whole]
+    alone = ContextParallel(block_backend=backend if cp.size > 1 else "math")
+    exact = whole if cp.size > 1 else [x.double() for x in whole]
+
+    q, k, v, _ = whole
+    selection = select(q, k, config, v=v, context_parallel=alone)
+    own = select(shards[0], shards[1], config, v=shards[2], context_parallel=cp)
+    share = _differing(own, cp.shard(selection))
+    errors = {"selection": largest_over_ranks(share, layer.device)}
+    pairs = {
+        "lighthouse": (
+            lighthouse(config, cp, cp.shard(selection)),
+            lighthouse(config, alone, selection),
+        ),
+        "dense": (dense, alone.attend),
+    }
+    for name, (attention, reference) in pairs.items():
+        expected = forward_backward(reference, exact)
+        for part, value in forward_backward(attention, shards).items():
+            error = _relative(value, cp.shard(expected[part]))
+            errors[f"{name} {part}"] = largest_over_ranks(error, layer.device)
+
+    tolerances = dict.fromkeys(errors, TOLERANCE[layer.dtype])
+    tolerances["selection"] = DILATED_TOLERANCE[layer.dtype] if config.scorer == "dilated" else 0.0
+    return {
+        "passed": all(errors[name] <= tolerances[name] for name in errors),
+        "length": length,
+        "attention": config.model_dump(mode="json"),
+        "against": f"one process in {layer.dtype if cp.size > 1 else 'float64'}",
+        "errors": errors,
+        "tolerances": tolerances,
+    }
+
+
+def complaint(outcome: Mapping[str, Any]) -> str:
+    """What a failed check says, in words: all that is wrong, and by how much."""
+    errors, tolerances = outcome["errors"], outcome["tolerances"]
+    wrong = {name: error for name, error in errors.items() if error is None or not error <= tolerances[name]}
+    # null in a file is a number that was not finite.
+    said = (f"{name} {'inf' if e is None else f'{e:.2g}'} (at most {tolerances[name]:g})" for name, e in wrong.items())
+    return f"check failed against {outcome['against']}, N = {outcome['length']:,}: {', '.join(said)}"
+
+
+def _differing(one: Selection, other: Selection) -> float:
+    """Share of `one`'s entries that `other` has not."""
+    heads = zip(one.entries.flatten(0, 1), other.entries.flatten(0, 1), strict=True)
+    missing = sum(int(torch.isin(mine, theirs, invert=True).sum()) for mine, theirs in heads)
+    return missing / one.entries.numel()
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())

@@ -1,0 +1,1 @@
+"""Finds bad nodes before a big job; started as `python -m lhcp.preflight`, see `lhcp.preflight.__main__`."""

@@ -1,0 +1,299 @@
+"""The benchmarks' reports, lengths and correctness check, in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import latency, layer, recoverability, scaling
+from benchmarks.common import table, timed, write_json
+from benchmarks.layer import Layer, complaint, shortened
+from lhcp.config import ConfigError, LighthouseConfig
+from lhcp.distributed import ContextParallel
+from lhcp.metrics import MetricsLogger, StepMetrics
+
+CPU = torch.device("cpu")
+SMALL = Layer(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32", device=CPU)
+ATTENTION = LighthouseConfig(num_levels=3, pooling_factor=4, topk=16, num_strata=4)
+STAGES = [{"mode": "lighthouse", "steps": 40}, {"mode": "dense", "steps": 60}]
+
+
+def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
+    """What `scaling` writes, as far as a report reads it."""
+    times = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
+    measured = {"forward": times, "forward_backward": times | {"p50_ms": 6.0}, "peak_memory_gib": 1.5}
+    return {
+        "benchmark": "scaling",
+        "config": {"seq_len": seq_len, "cp": cp},
+        "check": {"passed": True},
+        "environment": {"devices": ["NVIDIA B200"], "dtype": "bfloat16", "versions": {"torch": "2.11.0"}},
+        "lighthouse": measured | {"tokens_per_s_per_rank": 1e6 / cp},
+        "dense": measured,
+        "ratio": {"forward": 4.0, "forward_backward": 5.0},
+    } | changes
+
+
+def test_a_table_is_aligned_markdown() -> None:
+    assert table(["name", "ms"], [["a", "12.5"], ["longer", "1.0"]]) == (
+        "| name   |   ms |\n| ------ | ---: |\n| a      | 12.5 |\n| longer |  1.0 |\n"
+    )
+
+
+def test_json_is_written_whole_and_without_nan(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": [1.5, math.nan], "b": {"c": math.inf}})
+    assert json.loads(path.read_text()) == {"a": [1.5, None], "b": {"c": None}}
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ConfigError, match=r"x.json/y.json cannot be written \(.+\); choose another place"):
+        write_json(path / "y.json", {})
+
+
+def test_times_are_percentiles_after_a_warm_up() -> None:
+    calls: list[int] = []
+    found = timed(lambda: calls.append(0), CPU, 4)
+    assert len(calls) == 6
+    assert 0 < found["p20_ms"] <= found["p50_ms"] <= found["p80_ms"] < 1000
+
+
+def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, found in {"a": result(16384), "b": result(cp=4, dense=None, ratio=None), "c": result()}.items():
+        write_json(tmp_path / f"{name}.json", found)
+    write_json(tmp_path / "latency.json", {"benchmark": "latency"})
+    (tmp_path / "names").write_text("a\nb\n\nc\n")
+    assert scaling.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "scaling.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "|" in line]
+    assert rows[2:] == [
+        ["c", "8,192", "2", "2.00 / 6.00", "2.00 / 6.00", "4.00 / 5.00", "500,000", "1.50"],
+        ["b", "8,192", "4", "2.00 / 6.00", "-", "-", "250,000", "1.50"],
+        ["a", "16,384", "2", "2.00 / 6.00", "2.00 / 6.00", "4.00 / 5.00", "500,000", "1.50"],
+    ]
+    assert "Measured on NVIDIA B200 in bfloat16, torch 2.11.0." in text
+    assert "Left out, since not a result of this benchmark: latency.json." in text
+    assert "Missing" not in text
+
+
+def test_scaling_report_names_what_is_missing_or_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = {"passed": False, "against": "one process in float32", "length": 2048,
+             "errors": {"lighthouse dk": 0.25, "dense dq": None, "dense dk": 1e-7},
+             "tolerances": {"lighthouse dk": 1e-5, "dense dq": 1e-5, "dense dk": 1e-5}}  # fmt: skip
+    write_json(tmp_path / "good.json", result())
+    write_json(tmp_path / "wrong.json", {"benchmark": "scaling", "check": check})
+    write_json(tmp_path / "foreign.json", {"benchmark": "latency"})
+    (tmp_path / "torn.json").write_text('{"benchmark": "scal')
+    write_json(tmp_path / "partial.json", {key: value for key, value in result().items() if key != "ratio"})
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "names").write_text("good\nwrong\nforeign\nabsent\n")
+    assert scaling.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("- ")]
+    assert problems[:3] == [
+        "- wrong: check failed against one process in float32, N = 2,048: lighthouse dk 0.25 (at most 1e-05), "
+        "dense dq inf (at most 1e-05)",
+        "- foreign: foreign.json is not a result of this benchmark",
+        "- absent: no result: see its log",
+    ]
+    assert [line.split(" (")[0] for line in problems[3:]] == [
+        "- partial: partial.json is damaged",
+        "- torn: torn.json is damaged",
+    ]
+
+
+@pytest.mark.parametrize("program", [scaling, recoverability])
+def test_a_report_on_nothing(program: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["report", str(tmp_path)]) == 1
+    assert program.main(["report", str(tmp_path / "no")]) == 2
+    assert program.main(["report", str(tmp_path), "--expect", str(tmp_path / "no")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: {tmp_path}/no: no such folder; name the one that holds the results"
+    assert second.startswith(f"error: --expect {tmp_path}/no cannot be read")
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 8, 16])
+@pytest.mark.parametrize("changes", [{}, {"num_levels": 4, "topk": 4096}, {"scorer": "dilated", "dilation": 5}])
+def test_the_check_is_short_and_legal(changes: dict[str, Any], num_chunks: int) -> None:
+    config = LighthouseConfig(**{"num_levels": 3, "pooling_factor": 4, "topk": 1536} | changes)
+    seq_len = 1_048_576 if config.scorer != "dilated" else 5 * 2**17
+    config = config.resolve(seq_len, num_chunks)
+    length, small = shortened(config, seq_len, num_chunks)
+    assert small == small.resolve(length, num_chunks)
+    assert length <= 4 * layer.SHORT
+    kept = ("num_levels", "pooling_factor", "scorer", "dilation", "cover_prefix")
+    assert all(getattr(small, name) == getattr(config, name) for name in kept)
+    assert small.topk < length // small.coarsest_window  # something is left out, so selections can differ
+
+
+def test_a_short_sequence_is_checked_as_it_is() -> None:
+    assert shortened(ATTENTION, 512, 2) == (512, ATTENTION)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_the_check_passes(dtype: str) -> None:
+    small = Layer(4, 2, 8, dtype, CPU)
+    found = layer.check(small, 512, ATTENTION, ContextParallel(), layer.sdpa, "auto")
+    assert found["passed"]
+    assert found["against"] == "one process in float64"
+    assert len(found["errors"]) == 9
+    assert max(found["errors"].values()) > 0  # the reference is another computation
+
+
+def test_the_check_fails_where_a_gradient_is_wrong() -> None:
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return layer.sdpa(q, k.detach() + 1e-3 * (k - k.detach()), v)
+
+    found = layer.check(SMALL, 512, ATTENTION, ContextParallel(), wrong, "auto")
+    assert not found["passed"]
+    assert complaint(found).startswith(
+        "check failed against one process in float64, N = 512: dense dk 1 (at most 1e-05)"
+    )
+
+
+def test_the_check_fails_where_a_value_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = layer.lighthouse_attention
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = honest(*arguments, **options)
+        return out if out.dtype == torch.float64 else out * math.nan
+
+    monkeypatch.setattr(layer, "lighthouse_attention", wrong)
+    found = layer.check(SMALL, 512, ATTENTION, ContextParallel(), layer.sdpa, "auto")
+    assert not found["passed"]
+    assert "lighthouse out inf" in complaint(found)
+
+
+def test_latency_lengths() -> None:
+    config = LighthouseConfig(num_levels=3, pooling_factor=4, topk=192, num_strata=8)
+    assert latency.default_lengths(config, 8192) == [3072, 6144, 8192]
+    assert latency.default_lengths(config, 3072 * 2**9) == [3072 * 2**i for i in range(2, 10)]
+    assert latency.default_lengths(config, 3072) == [3072]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    values = {
+        "output_dir": str(tmp_path / "run"), "seq_len": 512, "global_batch_size": 1, "device": "cpu",
+        "model": {"preset": "tiny", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}, "parallel": {"cp": 4},
+        "data": {"path": "none"}, "attention": {"topk": 16, "num_strata": 8}, "stages": STAGES,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "run.yaml"
+
+
+def test_latency_measures(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert latency.main([str(config_file), "--out", str(out), "--repeats", "2"]) == 0
+    found = json.loads(out.read_text())
+    assert [(at["seq_len"], at["subsequence_length"]) for at in found["lengths"]] == [(256, 144), (512, 160)]
+    assert all(at["ratio"]["forward_backward"] > 0 for at in found["lengths"])
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:4]] == ["256", "512"]
+
+
+def test_latency_tells_no_speed_when_wrong(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    out.write_text("of an earlier attempt")
+    monkeypatch.setitem(layer.TOLERANCE, "float32", 1e-9)
+    assert latency.main([str(config_file), "--out", str(out)]) == 1
+    assert "ms" not in out.read_text()
+    assert not json.loads(out.read_text())["check"]["passed"]
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: check failed against one process in float64, N = 512: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seq-lens", "256,300"], "seq_len 300 is not a multiple of"),
+        (["--seq-lens", "256,x"], "--seq-lens '256,x': must be numbers of tokens"),
+        (["--repeats", "0"], "--repeats 0: must be at least 1"),
+        (["--set", "parallel.block_backend=cudnn"], "block_backend 'cudnn' takes float16 or bfloat16 on CUDA"),
+    ],
+)
+def test_latency_refuses(
+    words: list[str], message: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert latency.main([str(config_file), "--out", str(tmp_path / "out.json"), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def arm(folder: Path, name: str, steps: int, stages: list[dict[str, Any]] = STAGES, held_out: bool = True) -> None:
+    """A run whose loss is 2 before step 40, jumps to 3 there, and falls by 0.05 a step."""
+    run_dir = folder / name
+    with MetricsLogger(run_dir, 100) as logger:
+        for step in range(steps):
+            loss = 2.0 if step < 40 else 3.0 - 0.05 * (step - 40)
+            logger.log(StepMetrics(step, "-", loss, 1.0, 1e-3, step, 1.0, None, 1.0, 36.0))
+            if held_out and step % 10 == 9:
+                logger.event("held_out", loss=loss + 0.5)
+                logger.event("held_out_no_attention", loss=9.0)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"stages": stages, "parallel": {"dp": 2, "cp": 4}}))
+
+
+def test_recoverability_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arm(tmp_path, "finished", 100)
+    arm(tmp_path, "dense", 100, [{"mode": "dense", "steps": 100}], held_out=False)
+    arm(tmp_path, "short", 50)
+    arm(tmp_path, "before", 40)
+    arm(tmp_path, "empty", 0)
+    (tmp_path / "jobs" / "001").mkdir(parents=True)
+    (tmp_path / "names").write_text("finished\nshort\nabsent\n")
+    capsys.readouterr()
+    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "recoverability.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "|" in line]
+    # The mean of dense steps 19 to 24 is the first of six at or below 2: theirs are 2.1, 2.05, ... 1.85.
+    both = "40 lighthouse, 60 dense"
+    assert rows[2:] == [
+        ["before", both, "2.0000", "-", "-", "-", "2.5000", "0.40"],
+        ["dense", "100 dense", "-", "-", "-", "0.2750", "-", "1.00"],
+        ["finished", both, "2.0000", "+1.0000", "24", "0.1750", "0.5500", "1.00"],
+        ["short", both, "2.0000", "+1.0000", "-", "-", "3.0500", "0.50"],
+    ]
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- short: unfinished: 50 of 100 steps",
+        "- absent: no result: see its log",
+        "- before: unfinished: 40 of 100 steps",
+        "- empty: no step was logged: see its log",
+    ]
+    written = json.loads((tmp_path / "recoverability.json").read_text())
+    assert (written["arms"]["finished"]["recovered_after"], written["arms"]["finished"]["ranks"]) == (24, 8)
+
+
+def test_recoverability_of_finished_arms(tmp_path: Path) -> None:
+    arm(tmp_path, "one", 100)
+    (tmp_path / "names").write_text("one\n")
+    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 0
+    (tmp_path / "one" / "config.yaml").write_text("stages: 5")
+    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
+    assert "- one: " in (tmp_path / "recoverability.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("losses", "spike", "back"),
+    [
+        ([1.0] * 40 + [0.9] * 60, -0.1, 0),
+        ([1.0] * 40 + [1.5] * 60, 0.5, None),
+        ([1.0] * 40 + [1.0, 4.0] + [0.5] * 58, 3.0, 8),  # the peak is in the mean of 6 until step 8
+        ([1.0] * 40 + [None] * 5 + [1.5] * 5 + [0.5] * 50, 0.5, 13),
+    ],
+)
+def test_spike_and_recovery(losses: list[float | None], spike: float, back: int | None, tmp_path: Path) -> None:
+    arm(tmp_path, "arm", 0)
+    with MetricsLogger(tmp_path / "arm", 100) as logger:
+        for step, loss in enumerate(losses):
+            value = math.nan if loss is None else loss
+            logger.log(StepMetrics(step, "-", value, 1.0, 1e-3, step, 1.0, None, 1.0, 1.0))
+    found = recoverability.read_arm(tmp_path / "arm")
+    assert found["spike"] == pytest.approx(spike)
+    assert found["recovered_after"] == back
