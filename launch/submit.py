@@ -130,7 +130,9 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
         executor = submitit.SlurmExecutor(prepared.folder)
         executor.update_parameters(
             setup=[f"export PYTHONPATH={shlex.quote(str(prepared.out / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"],
-            additional_parameters={key: True if value is None else value for key, value in (own | order).items()},
+            additional_parameters={
+                key.replace("-", "_"): True if value is None else value for key, value in (own | order).items()
+            },
             array_parallelism=int((prepared.options.get("array") or "").partition("%")[2] or 256),
             stderr_to_stdout=True,
             wckey=None,

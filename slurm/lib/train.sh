@@ -8,9 +8,19 @@
 . "$LHCP_OUT/code/lhcp/slurm/lib/nodes.sh"
 
 config=$LHCP_JOB/config${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}.yaml
-outcome=start
+outcome=start action='' ended=''
+
+# SIGTERM to the whole job: scancel, a preemption (after which Slurm itself requeues), or the limit at last. A script that
+# requeued its job then would bring it back from scancel.
+trap 'ended=1' TERM
+end_if_told() {
+    if [ -n "$ended" ]; then exit 143; fi
+}
+
 while :; do
+    end_if_told
     read -r action code <<<"$(on_first_node -m lhcp.launch.verdict "$config" "$outcome")" || true
+    end_if_told
     case $action in
     run)
         outcome=0
@@ -25,7 +35,7 @@ while :; do
         exit 75
         ;;
     end) exit "$code" ;;
-    *) # The first node does not answer: perhaps another does.
+    *)
         echo "error: no answer from lhcp.launch.verdict, see above" >&2
         exit 1
         ;;

@@ -1,0 +1,73 @@
+"""A small run as a job of the test cluster, and what the same run computes without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forked_runs import run_to_end
+from lhcp import config_file
+from lhcp.launch.prepare import Request
+from lhcp.launch.site import Site
+from lhcp.metrics import read_metrics
+from runs import make_config, write_data
+from slurm.cluster import Cluster, until
+
+STEPS = 60
+"""Of each of the two stages."""
+SITE = Site(gpus="--gres=gpu:b200:{n}", partition="main", env={"OMP_NUM_THREADS": "1"})
+
+
+class Runs:
+    """Makes runs of one configuration in a folder, two ranks that share each sequence.
+
+    Args:
+        folder: for data and runs.
+        cluster: where they run.
+    """
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder = folder
+        self.cluster = cluster
+        self.data = write_data(folder)
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """Write the configuration of a run in the folder of that name."""
+        stages = [{"mode": "lighthouse", "steps": STEPS}, {"mode": "dense", "steps": STEPS}]
+        checkpoint = {"every": 10, "stop_timeout_s": 20}
+        values = {"stages": stages, "checkpoint": checkpoint, "output_dir": self.folder / name, "hang_timeout_s": 60}
+        config = make_config(self.data, 1, 2, **(values | changes))
+        path = self.folder / f"{name}.yaml"
+        path.unlink(missing_ok=True)
+        config_file.save(config, path)
+        return path
+
+    def request(self, name: str, nodes: int = 2, **changes: Any) -> Request:
+        """As what the run is submitted: a rank on each of two nodes, or both on one."""
+        options = {"nodes": str(nodes), "gpus-per-node": str(2 // nodes), "signal": "USR1@25"}
+        return Request(template="train_1m", config=self.config(name, **changes), options=options, site=SITE)
+
+    def losses_alone(self, **changes: Any) -> list[float]:
+        """Of the same run without Slurm, and without an interruption."""
+        path = self.config("alone", **changes)
+        assert run_to_end(2, [str(path)], self.folder / "alone.out") == [0, 0]
+        return losses(self.folder / "alone")
+
+
+def losses(run_dir: Path) -> list[float]:
+    """By step; all steps, in order."""
+    records = read_metrics(run_dir)
+    assert [record["step"] for record in records] == list(range(len(records)))
+    return [record["loss"] for record in records]
+
+
+def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
+    """Wait until a run has logged the step, from 0."""
+
+    def reached() -> bool:
+        try:
+            return int(read_metrics(run_dir)[-1]["step"]) >= step
+        except (FileNotFoundError, IndexError):
+            return False
+
+    until(reached, timeout, lambda: f"{run_dir} has not come to step {step}")

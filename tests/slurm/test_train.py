@@ -1,0 +1,169 @@
+"""Training as jobs: what the same run computes without Slurm, whatever happens to the job."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lhcp.launch import jobs, submit
+from lhcp.launch.prepare import prepare
+from lhcp.progress import read_starts
+from slurm.cluster import Cluster
+from slurm.runs_on_slurm import STEPS, Runs, losses, wait_for_step
+
+RANK = r"^\S+ -u -m lhcp\.train "
+"""Command line of a rank; that of torchrun has more before."""
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), cluster)
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Runs) -> list[float]:
+    return runs.losses_alone()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def start(runs: Runs, name: str, nodes: int = 2, **changes: object) -> tuple[str, Path]:
+    """Submit by sbatch: the job's number and the run folder."""
+    (job,) = submit.by_sbatch(prepare(runs.request(name, nodes, **changes)))
+    return job.job_id, runs.folder / name
+
+
+def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "two-nodes")
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    assert shown["JobState"] == "COMPLETED"
+    assert shown["NumNodes"] == "2"
+    assert losses(run_dir) == expected
+
+
+def test_told_to_stop_before_the_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "told")
+    wait_for_step(run_dir, 23)
+    cluster.run("scancel", "--signal=USR1", job)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    assert losses(run_dir) == expected
+
+
+def test_requeued_in_mid_step(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "requeued")
+    wait_for_step(run_dir, 23)
+    cluster.run("scontrol", "requeue", job)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    assert losses(run_dir) == expected
+
+
+def test_a_node_loses_power(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "power")
+    wait_for_step(run_dir, 23)
+    cluster.crash("n2")
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 90)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    assert "n2" not in shown["NodeList"]
+    assert losses(run_dir) == expected
+
+
+def test_a_rank_is_killed(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "killed")
+    wait_for_step(run_dir, 23)
+    (rank,) = cluster.pids("n2", RANK)
+    os.kill(rank, signal.SIGKILL)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0")
+    assert losses(run_dir) == expected
+
+
+def test_a_crash_loop_ends(runs: Runs, cluster: Cluster) -> None:
+    # Diverges: no step after the first is finite, and none may be skipped.
+    job, run_dir = start(runs, "loop", optim={"lr": 1e30, "warmup_steps": 0, "max_skipped_steps": 0})
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 120)
+    log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
+    assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "1:0")
+    # Tried again in place once, then requeued, then no more.
+    assert shown["Restarts"] == "1"
+    assert log.count("so training has diverged") == 3
+    assert f"error: step 2 of {2 * STEPS} failed 3 times in a row, with no new checkpoint between" in log
+    # A job that waited behind it, as in a chain, is refused at once; somebody's own submission is not.
+    waited = cluster.run("sbatch", "--parsable", str(run_dir / "jobs/001/job.sbatch")).strip()
+    assert cluster.wait(waited, {"COMPLETED", "FAILED"})["ExitCode"] == "1:0"
+    assert "diverged" not in (run_dir / "jobs/001" / f"slurm-{waited}.out").read_text()
+
+
+def test_cancelled(runs: Runs, cluster: Cluster) -> None:
+    job, run_dir = start(runs, "cancelled")
+    wait_for_step(run_dir, 13)
+    (told,) = jobs.cancel(run_dir)
+    assert told.job_id == job
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "75:0", "0")
+    steps = len(losses(run_dir))
+    assert (run_dir / f"checkpoints/step-{steps:08d}").is_dir()
+
+
+def test_scancel_is_the_end(runs: Runs, cluster: Cluster) -> None:
+    job, run_dir = start(runs, "scancel")
+    wait_for_step(run_dir, 13)
+    cluster.run("scancel", job)
+    shown = cluster.wait(job, {"CANCELLED", "COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
+    assert (run_dir / f"checkpoints/step-{len(losses(run_dir)):08d}").is_dir()
+    assert "requeue" not in (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
+
+
+def test_two_stages_as_two_jobs_by_submitit(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    first_stage = [{"mode": "lighthouse", "steps": STEPS}]
+    (first,) = submit.by_submitit(prepare(runs.request("stages", stages=first_stage)))
+    both = dataclasses.replace(runs.request("stages"), resume=True)
+    (second,) = submit.by_submitit(prepare(both), after=first.job_id)
+    assert cluster.job(second.job_id)["Dependency"] == f"afterok:{first.job_id}(unfulfilled)"
+    assert (first.result(), second.result()) == (0, 0)
+    assert losses(runs.folder / "stages") == expected
+    assert f"resumed from {runs.folder}/stages/checkpoints/step-{STEPS:08d}" in second.stdout()
+
+
+def test_a_chain_where_nothing_is_requeued(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    cluster.reconfigure(JobRequeue=0)
+    request = runs.request("chain")
+    forbidden = dataclasses.replace(request, options={**request.options, "no-requeue": None})
+    chain = submit.by_sbatch(prepare(forbidden), chain=3)
+    run_dir = runs.folder / "chain"
+    wait_for_step(run_dir, 23)
+    assert [cluster.job(job.job_id)["JobState"] for job in chain] == ["RUNNING", "PENDING", "PENDING"]
+    cluster.run("scancel", "--signal=USR1", chain[0].job_id)
+    ends = [cluster.wait(job.job_id, {"COMPLETED", "FAILED"})["ExitCode"] for job in chain]
+    assert ends == ["75:0", "0:0", "0:0"]
+    assert losses(run_dir) == expected
+    # The third found it finished, and began nothing.
+    assert chain[2].log.with_name(f"slurm-{chain[2].job_id}.out").read_text().count("is finished") == 1
+    assert len(read_starts(run_dir)) == 2
+
+
+def test_the_time_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    request = runs.request("limit", checkpoint={"every": 10, "stop_timeout_s": 9})
+    limits = {"time": "1", "signal": "USR1@10"}
+    (job,) = submit.by_sbatch(prepare(dataclasses.replace(request, options={**request.options, **limits})))
+    wait_for_step(runs.folder / "limit", 23)
+    ranks = [pid for node in ("n1", "n2", "n3", "n4") for pid in cluster.pids(node, RANK)]
+    assert len(ranks) == 2
+    for rank in ranks:  # where they are, rather than train for a minute; Slurm lets them go on when it tells them
+        os.kill(rank, signal.SIGSTOP)
+    shown = cluster.wait(job.job_id, {"COMPLETED", "FAILED", "TIMEOUT"}, 90)
+    assert (shown["JobState"], shown["Restarts"], shown["TimeLimit"]) == ("COMPLETED", "1", "00:01:00")
+    assert losses(runs.folder / "limit") == expected
+    assert "stopped by SIGUSR1 after step" in (runs.folder / "limit/jobs/001" / f"slurm-{job.job_id}.out").read_text()
