@@ -15,6 +15,7 @@ from lhcp.launch import jobs, script, submit, torchrun
 from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Request, prepare
 from lhcp.launch.site import load_site
+from lhcp.launch.snapshot import CODE_FOLDER, code_digest
 
 app = typer.Typer(help="Start runs by other means than `lhcp submit`.", no_args_is_help=True)
 
@@ -177,6 +178,9 @@ def _request(
 
 
 def _tell(done: list[Job], follow: bool) -> None:
+    code = done[0].folder.parents[1] / CODE_FOLDER
+    if code_digest(code / "lhcp") != code_digest():
+        print(f"note: it runs the code that it began with, {code}, which is not today's")
     for job in done:
         elements = f", an array of {job.elements}" if job.elements else ""
         print(f"submitted job {job.job_id} ({job.name}{elements})")

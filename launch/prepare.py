@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,12 @@ from pathlib import Path
 from lhcp import config_file
 from lhcp.checks import check_files
 from lhcp.config import ConfigError, RunConfig
+from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import grid, script
 from lhcp.launch.jobs import JOBS_FOLDER, numbers
 from lhcp.launch.script import Options, Script
 from lhcp.launch.site import Site, check_option
-from lhcp.launch.snapshot import copy_code
+from lhcp.launch.snapshot import CODE_FOLDER, copy_code
 
 SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
@@ -82,11 +84,17 @@ class Prepared:
             OSError: it cannot be written, or another submission took the same number.
         """
         self.folder.mkdir(parents=True)
-        copy_code(self.out / "code")
+        copy_code(self.out / CODE_FOLDER)
         for name, text in self.files.items():
             (self.folder / name).write_text(text, encoding="utf-8")
         self.script.write_text(self.text, encoding="utf-8")
         self.script.chmod(0o755)
+
+    def discard(self) -> None:
+        """Take back what `write` wrote, since it was not submitted."""
+        shutil.rmtree(self.folder)
+        if not (self.out / CONFIG_FILE).exists() and numbers(self.out) == []:
+            shutil.rmtree(self.out / CODE_FOLDER)
 
 
 def prepare(request: Request) -> Prepared:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+CODE_FOLDER = "code"
+"""In a run folder."""
 
 
 def copy_code(to: Path) -> None:
@@ -29,10 +31,10 @@ def copy_code(to: Path) -> None:
     partial.rename(to)
 
 
-def code_digest() -> str:
+def code_digest(package: Path = PACKAGE) -> str:
     """Tells one state of the package's modules from another: 12 hex digits."""
     digest = hashlib.sha256()
-    folders = (Path(folder) for folder, _, _ in os.walk(PACKAGE, followlinks=True))
+    folders = (Path(folder) for folder, _, _ in os.walk(package, followlinks=True))
     for path in sorted(path for folder in folders for path in folder.glob("*.py")):
-        digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]

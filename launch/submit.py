@@ -26,6 +26,7 @@ from lhcp.launch import jobs
 from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import SCRIPT_FILE, Prepared, Request, prepare
 from lhcp.launch.site import Site, load_site
+from lhcp.launch.snapshot import CODE_FOLDER
 from lhcp.launch.verdict import forgive
 from lhcp.stop import EXIT_STOPPED
 
@@ -79,7 +80,12 @@ def by_sbatch(prepared: Prepared, after: str | None = None, chain: int = 1) -> l
         ConfigError: Slurm refuses.
     """
     prepared.write()
-    return _sbatch(prepared.out, prepared.folder, prepared.name, prepared.elements, after, chain)
+    try:
+        return _sbatch(prepared.out, prepared.folder, prepared.name, prepared.elements, after, chain)
+    except ConfigError:
+        if prepared.folder not in [job.folder for job in jobs.submitted(prepared.out)]:
+            prepared.discard()
+        raise
 
 
 def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
@@ -102,10 +108,11 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
 
 def _sbatch(out: Path, folder: Path, name: str, elements: int | None, after: str | None, chain: int) -> list[Job]:
     flags = [f"--{key}={value}" for key, value in _order(out, name, after, chain).items()]
-    forgive(out)
-    done = []
+    done: list[Job] = []
     for _ in range(chain):
         number = jobs.submit_script(folder / SCRIPT_FILE, flags)
+        if not done:
+            forgive(out)
         log = folder / (f"slurm-{number}_0.out" if elements else f"slurm-{number}.out")
         done.append(_remember(out, folder, number, name, log, elements))
     return done
@@ -122,14 +129,16 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
         ConfigError: Slurm refuses, or is not there.
     """
     import submitit
+    from submitit.core.utils import FailedJobError
 
     prepared.write()
     order = _order(prepared.out, prepared.name, after, chain)
     own = {key: value for key, value in prepared.options.items() if key not in ("output", "array")}
+    done: list[submitit.Job[int]] = []
     try:
         executor = submitit.SlurmExecutor(prepared.folder)
         executor.update_parameters(
-            setup=[f"export PYTHONPATH={shlex.quote(str(prepared.out / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            setup=[f"export PYTHONPATH={shlex.quote(str(prepared.out / CODE_FOLDER))}${{PYTHONPATH:+:$PYTHONPATH}}"],
             additional_parameters={
                 key.replace("-", "_"): True if value is None else value for key, value in (own | order).items()
             },
@@ -139,10 +148,11 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
             use_srun=False,  # the script starts its own steps
         )
         forgive(prepared.out)
-        done: list[submitit.Job[int]] = []
         for _ in range(chain):
             done += executor.map_array(run_script, [prepared.script] * (prepared.elements or 1))
-    except (RuntimeError, submitit.core.utils.FailedJobError) as error:
+    except (RuntimeError, FailedJobError) as error:
+        if not done:
+            prepared.discard()
         raise ConfigError(f"not submitted: {error}") from None
     for one in done[:: prepared.elements or 1]:
         _remember(

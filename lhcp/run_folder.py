@@ -3,7 +3,7 @@
 config.yaml     the resolved configuration of the last start
 code/           the package as the first start ran it
 starts.jsonl    one object a start: when, from which step, layout, host, versions, digest of the code
-logs/           one file a rank
+logs/           one file a rank; after a hang also where each rank was, see lhcp.watchdog
 metrics.jsonl, events.jsonl, tensorboard/, loss.png
 checkpoints/    see lhcp.checkpoint
 """
@@ -24,10 +24,9 @@ from lhcp.checkpoint.folder import FOLDER, prune, remove_leftovers, set_aside
 from lhcp.config import RunConfig
 from lhcp.config_file import CONFIG_FILE
 from lhcp.environment import now, versions
-from lhcp.launch.snapshot import code_digest, copy_code
+from lhcp.launch.snapshot import CODE_FOLDER, code_digest, copy_code
 from lhcp.metrics import STARTS_FILE, JsonLines
 
-CODE_FOLDER = "code"
 LOG_FOLDER = "logs"
 
 
@@ -51,16 +50,17 @@ def begin(run_dir: Path, config: RunConfig, first_step: int, device: torch.devic
     return aside
 
 
-def log_to(run_dir: Path, rank: int) -> None:
-    """Send this process's log records to its file under `logs`."""
-    folder = run_dir / LOG_FOLDER
-    folder.mkdir(exist_ok=True)
+def log_to(run_dir: Path, rank: int) -> Path:
+    """Send this process's log records to its file under `logs`, which is returned."""
+    path = run_dir / LOG_FOLDER / f"rank-{rank:05d}.log"
+    path.parent.mkdir(exist_ok=True)
     logging.basicConfig(
-        filename=folder / f"rank-{rank:05d}.log",
+        filename=path,
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
         force=True,
     )
+    return path
 
 
 def _start(config: RunConfig, first_step: int, device: torch.device) -> dict[str, Any]:

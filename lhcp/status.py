@@ -19,6 +19,7 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, RunConfig, Section, StageMode
 from lhcp.config_file import CONFIG_FILE
 from lhcp.flops import step_flops
+from lhcp.launch.jobs import JobState, newest_folder, states, submitted
 from lhcp.lock import holder
 from lhcp.metrics import HELD_OUT, read_events
 from lhcp.progress import Record, read_starts, read_steps
@@ -88,6 +89,8 @@ class RunStatus(Section):
     """Steps that were not finite and left the weights alone."""
     held_out: dict[str, HeldOutStatus]
     """By name of the event, in the order of the run's first evaluation."""
+    jobs: list[JobState]
+    """Slurm jobs of this run that wait or run; empty also where Slurm does not answer."""
 
 
 def read_status(run_dir: Path, now: float) -> RunStatus:
@@ -124,6 +127,7 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
         restarts=max(0, len(read_starts(run_dir)) - 1),
         skipped_steps=sum(None in (record["loss"], record["grad_norm"]) for record in steps),
         held_out=_held_out(run_dir, done),
+        jobs=states(submitted(run_dir)),
     )
 
 
@@ -160,10 +164,14 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str, str]]:
         kind = name.removeprefix(HELD_OUT).strip("_").replace("_", " ") or "dense"
         loss = "not finite" if held_out.loss is None else f"{held_out.loss:.4f}"
         yield "" if number else "held out", f"{loss} after step {held_out.step:,} ({kind})", ""
+    for number, job in enumerate(status.jobs):
+        yield "" if number else "jobs", f"{job.job_id} {job.state.lower()} ({job.why})", ""
 
 
 def _read_config(run_dir: Path) -> RunConfig:
     path = run_dir / CONFIG_FILE
+    if not path.is_file() and submitted(run_dir):
+        path = newest_folder(run_dir) / CONFIG_FILE  # no job has begun yet
     if not path.is_file():
         reason = f"it has no {CONFIG_FILE}" if run_dir.is_dir() else "there is no such folder"
         raise ConfigError(f"{run_dir} is not a run folder: {reason}; name the output_dir of a run")

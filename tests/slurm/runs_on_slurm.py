@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from forked_runs import run_to_end
 from lhcp import config_file
@@ -52,6 +55,14 @@ class Runs:
         path = self.config("alone", **changes)
         assert run_to_end(2, [str(path)], self.folder / "alone.out") == [0, 0]
         return losses(self.folder / "alone")
+
+
+def on_the_login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process submit to the cluster."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
 
 
 def losses(run_dir: Path) -> list[float]:

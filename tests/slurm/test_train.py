@@ -13,7 +13,7 @@ from lhcp.launch import jobs, submit
 from lhcp.launch.prepare import prepare
 from lhcp.progress import read_starts
 from slurm.cluster import Cluster
-from slurm.runs_on_slurm import STEPS, Runs, losses, wait_for_step
+from slurm.runs_on_slurm import STEPS, Runs, losses, on_the_login_node, wait_for_step
 
 RANK = r"^\S+ -u -m lhcp\.train "
 """Command line of a rank; that of torchrun has more before."""
@@ -30,11 +30,8 @@ def expected(runs: Runs) -> list[float]:
 
 
 @pytest.fixture(autouse=True)
-def _on_the_login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(name)
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
+def _login(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_login_node(cluster, monkeypatch)
 
 
 def start(runs: Runs, name: str, nodes: int = 2, **changes: object) -> tuple[str, Path]:
