@@ -149,9 +149,9 @@ def logs_command(
     follow: Follow = False,
 ) -> None:
     """Print the log of the last job of a run."""
-    folder = jobs.newest_folder(out.absolute())
-    last = next(job for job in reversed(jobs.submitted(out.absolute())) if job.folder == folder)
-    _print_log(last, follow)
+    jobs.newest_folder(out.absolute())  # or there is no job
+    newest_first = jobs.submitted(out.absolute())[::-1]
+    _print_log(next((job for job in newest_first if job.log.exists()), newest_first[0]), follow)
 
 
 def _request(

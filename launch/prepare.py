@@ -32,7 +32,7 @@ from lhcp.launch.snapshot import CODE_FOLDER, copy_code
 
 SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
-"""Seconds that a job needs at least between the signal's and its own end to be requeued."""
+"""Seconds that a job must have at least to train in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,10 @@ def prepare(request: Request) -> Prepared:
     """
     template = script.read(request.template)
     options = _options(template, request)
-    world = _count(options, "nodes") * _count(options, "gpus-per-node")
     configs = _configs(template, request)
     for name, config in configs.items():
         try:
-            _check(template, config.resolve(world), options, request.resume)
+            _check(template, _resolve(config, options), options, request.resume)
         except ConfigError as error:
             where = f"{name}: " if len(configs) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
@@ -208,6 +207,16 @@ def _out(template: Script, request: Request, configs: Mapping[str, RunConfig]) -
     return out
 
 
+def _resolve(config: RunConfig, options: Options) -> RunConfig:
+    """The configuration for all processes of the job."""
+    nodes, gpus = _count(options, "nodes"), _count(options, "gpus-per-node")
+    try:
+        config.parallel.resolve(nodes * gpus)
+    except ConfigError as error:
+        raise ConfigError(f"{nodes} node(s) with {gpus} GPU(s) each: {error}") from None
+    return config.resolve(nodes * gpus)
+
+
 def _check(template: Script, config: RunConfig, options: Options, resume: bool) -> None:
     """What can be wrong with a configuration in this job; it is resolved."""
     if not template.trains:
@@ -220,14 +229,14 @@ def _check(template: Script, config: RunConfig, options: Options, resume: bool) 
     if int(ahead) <= need:
         raise ConfigError(
             f"signal={signal}@{ahead} comes too late: a run may take checkpoint.stop_timeout_s = {need:g} s to save; "
-            f"give it more than that, or shorten checkpoint.stop_timeout_s"
+            f"shorten that, or send it earlier: --sbatch signal={signal}@{int(need) + MARGIN_S}"
         )
     limit = script.seconds(options.get("time") or "unlimited")
     if limit is not None and limit < int(ahead) + MARGIN_S:
         raise ConfigError(
-            f"time={options['time']} is over {ahead} s after the job is told to stop (signal={signal}@{ahead}), so it "
-            f"would train for less than {MARGIN_S} s; ask for more time, or shorten both signal and "
-            f"checkpoint.stop_timeout_s"
+            f"time={options['time']} leaves less than {MARGIN_S} s before the job is told to stop, {ahead} s ahead of "
+            f"its end (signal={signal}@{ahead}); ask for more time, or shorten checkpoint.stop_timeout_s and then the "
+            f"signal: --sbatch signal={signal}@SECONDS"
         )
 
 

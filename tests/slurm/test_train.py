@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,3 +168,14 @@ def test_the_time_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> 
     assert (shown["JobState"], shown["Restarts"], shown["TimeLimit"]) == ("COMPLETED", "1", "00:01:00")
     assert losses(runs.folder / "limit") == expected
     assert "stopped by SIGUSR1 after step" in (runs.folder / "limit/jobs/001" / f"slurm-{job.job_id}.out").read_text()
+
+
+def test_torchrun_on_two_machines(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    config = runs.config("machines")
+    printed = subprocess.run(
+        [Path(sys.executable).with_name("lhcp"), "launch", "torchrun", str(config), "--nodes=2", "--gpus-per-node=1",
+         "--head=n1:9531"], capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda node: cluster.execute(node, "env", *shlex.split(printed)), ("n1", "n2")))
+    assert losses(runs.folder / "machines") == expected
