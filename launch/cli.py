@@ -64,6 +64,11 @@ def submit_command(
 ) -> None:
     """Submit a run to Slurm; it comes back by itself after preemption, the time limit and failures."""
     if config.is_dir():
+        if overrides or site or out or nodes or gpus_per_node or time or sbatch:
+            raise ConfigError(
+                f"{config} is submitted again as it was; to change something: "
+                f"lhcp submit {jobs.newest_folder(config.absolute()) / 'config.yaml'} --resume, with the changes"
+            )
         if dry_run:
             print((jobs.newest_folder(config.absolute()) / "job.sbatch").read_text(encoding="utf-8"), end="")
             return

@@ -23,6 +23,8 @@ from pydantic import Field
 from lhcp import config_file
 from lhcp.config import ConfigError, Section
 from lhcp.config.validation import validate
+from lhcp.launch.jobs import JOBS_FOLDER
+from lhcp.launch.snapshot import CODE_FOLDER
 
 
 class Grid(Section):
@@ -57,8 +59,6 @@ def load(path: Path) -> tuple[Path, list[Element]]:
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(str(path)) else f"{path}: {message}") from None
-    if not grid.arms and not grid.vary:
-        raise ConfigError(f"{path}: needs arms or vary; without either there is one job, which needs no grid")
     return grid.config, _elements(path, grid)
 
 
@@ -68,11 +68,15 @@ def _elements(path: Path, grid: Grid) -> list[Element]:
         for values in product(*grid.vary.values()):
             varied = dict(zip(grid.vary, values, strict=True))
             parts = [arm] * bool(arm) + [f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()]
-            overrides = tuple(f"{key}={json.dumps(value)}" for key, value in (changes | varied).items())
+            overrides = tuple(f"{key}={json.dumps(value, default=str)}" for key, value in (changes | varied).items())
             elements.append(Element(",".join(parts), overrides))
+    if len(elements) < 2:
+        raise ConfigError(f"{path}: its arms and vary make one job, which needs no grid; submit the configuration")
     wrong = [element.name for element in elements if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", element.name)]
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]!r} cannot name a folder; name arms by letters, digits and any of _.,=+-")
+    if taken := {JOBS_FOLDER, CODE_FOLDER} & {element.name for element in elements}:
+        raise ConfigError(f"{path}: an element cannot be named {taken.pop()!r}: that folder is for the jobs themselves")
     _check_distinct(path, [element.name for element in elements])
     return elements
 

@@ -72,8 +72,8 @@ def newest_folder(out: Path) -> Path:
 def submitted(out: Path) -> list[Job]:
     """The jobs of an output folder, oldest first."""
     path = out / JOBS_FOLDER / _RECORDS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [Job.model_validate_json(line) for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [Job.model_validate_json(line) for line in lines if line]
 
 
 def states(jobs: Sequence[Job]) -> list[JobState]:

@@ -14,20 +14,19 @@ Where a run is trained OUT is its run folder; the runs of a grid are folders in 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lhcp import config_file
-from lhcp.checks import check_files
+from lhcp.checks import check_files, holds_run
 from lhcp.config import ConfigError, RunConfig
 from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import grid, script
 from lhcp.launch.jobs import JOBS_FOLDER, numbers
 from lhcp.launch.script import Options, Script
-from lhcp.launch.site import Site, check_option
+from lhcp.launch.site import Site, check_option, shell_quote
 from lhcp.launch.snapshot import CODE_FOLDER, copy_code
 
 SCRIPT_FILE = "job.sbatch"
@@ -125,9 +124,13 @@ def prepare(request: Request) -> Prepared:
     options = {"job-name": out.name} | options | {"chdir": str(folder)}
     gpus = _count(options, "gpus-per-node")
     name, value = request.site.gpu_option(gpus)
+    if others := options.pop(name, None) if name != "gpus-per-node" else None:
+        value = f"{value},{others}"  # --gres=gpu:8,nvme:1
     options = {(name if key == "gpus-per-node" else key): (value if key == "gpus-per-node" else old)
                for key, old in options.items()}  # fmt: skip
-    paths = [out, *dict.fromkeys(path for config in configs.values() for path in _inputs(config))]
+    paths = [out]
+    if template.trains:
+        paths += dict.fromkeys(path for config in configs.values() for path in _inputs(config))
     return Prepared(
         out=out,
         folder=folder,
@@ -170,12 +173,14 @@ def _configs(template: Script, request: Request) -> dict[str, RunConfig]:
     if request.out is None:
         raise ConfigError(f"template {template.name} writes many results; say where with --out")
     base, elements = grid.load(request.config)
-    return {
-        element.name: _absolute(
-            config_file.load(base, [*request.overrides, *element.overrides, _output_dir(request.out / element.name)])
-        )
-        for element in elements
-    }
+    configs = {}
+    for element in elements:
+        overrides = [*request.overrides, *element.overrides, _output_dir(request.out / element.name)]
+        try:
+            configs[element.name] = _absolute(config_file.load(base, overrides))
+        except ConfigError as error:
+            raise ConfigError(f"{element.name}: {error}") from None
+    return configs
 
 
 def _output_dir(path: Path) -> str:
@@ -203,7 +208,9 @@ def _out(template: Script, request: Request, configs: Mapping[str, RunConfig]) -
     else:
         raise ConfigError(f"template {template.name}: say where results go with --out")
     if wrong := [character for character in "%:\\\n" if character in str(out)]:
-        raise ConfigError(f"{out}: a folder that jobs write to cannot have {wrong[0]!r} in its name; choose another")
+        raise ConfigError(
+            f"{str(out)!r}: a folder that jobs write to cannot have {wrong[0]!r} in its name; choose another"
+        )
     return out
 
 
@@ -221,17 +228,22 @@ def _check(template: Script, config: RunConfig, options: Options, resume: bool) 
     """What can be wrong with a configuration in this job; it is resolved."""
     if not template.trains:
         return
+    if holds_run(config.output_dir) and not resume:
+        raise ConfigError(
+            f"output_dir {config.output_dir} already holds a run; go on with it by --resume, or choose another folder"
+        )
     check_files(config, "last" if resume else None)
-    signal, _, ahead = (options.get("signal") or "").rpartition("@")
-    if not signal or not ahead.isdecimal():
-        raise ConfigError(f"signal: given {options.get('signal')!r}, must be USR1@SECONDS before the time limit")
+    given = options.get("signal")
+    signal, _, ahead = (given or "").partition("@")
+    if signal not in ("USR1", "TERM") or not ahead.isdecimal():
+        raise ConfigError(f"signal: given {given!r}, must be USR1@SECONDS before the time limit")
     need = config.checkpoint.stop_timeout_s
     if int(ahead) <= need:
         raise ConfigError(
             f"signal={signal}@{ahead} comes too late: a run may take checkpoint.stop_timeout_s = {need:g} s to save; "
             f"shorten that, or send it earlier: --sbatch signal={signal}@{int(need) + MARGIN_S}"
         )
-    limit = script.seconds(options.get("time") or "unlimited")
+    limit = script.seconds(options.get("time", "unlimited"))
     if limit is not None and limit < int(ahead) + MARGIN_S:
         raise ConfigError(
             f"time={options['time']} leaves less than {MARGIN_S} s before the job is told to stop, {ahead} s ahead of "
@@ -255,14 +267,15 @@ def _prelude(out: Path, folder: Path, gpus: int, site: Site, paths: Sequence[Pat
     srun, python = site.command(list(paths))
     lines = [
         "# This job.",
-        f"export LHCP_OUT={shlex.quote(str(out))}",
-        f"export LHCP_JOB={shlex.quote(str(folder))}",
+        f"export LHCP_OUT={shell_quote(str(out))}",
+        f"export LHCP_JOB={shell_quote(str(folder))}",
         f"LHCP_GPUS={gpus}  # processes on each node",
-        "export PYTHONPATH=$LHCP_OUT/code${PYTHONPATH:+:$PYTHONPATH}",
         "# This site.",
         *site.setup,
         *site.exports(),
         "# shellcheck disable=SC2034  # used by what is sourced below",
-        f"LHCP_SRUN=({shlex.join(srun)}) LHCP_PYTHON=({shlex.join(python)})",
+        f"LHCP_SRUN=({' '.join(map(shell_quote, srun))}) LHCP_PYTHON=({' '.join(map(shell_quote, python))})",
+        "# The code of this folder, before any other.",
+        f"export PYTHONPATH=$LHCP_OUT/{CODE_FOLDER}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
     return "\n".join(lines) + "\n"

@@ -106,20 +106,20 @@ def quote(value: str) -> str:
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
-def seconds(limit: str) -> int | None:
+def seconds(limit: str | None) -> int | None:
     """A time limit of sbatch (minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s) in seconds; None: no limit.
 
     Raises:
         ConfigError: it is none.
     """
-    if limit.lower() in ("infinite", "unlimited"):
+    if limit is not None and limit.lower() in ("infinite", "unlimited"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
     if match is None:
         raise ConfigError(f"time {limit!r} is no time limit; valid: minutes, hours:minutes:seconds, days-hours")
-    days, first, second, third = (None if part is None else int(part) for part in match.groups())
-    if days is not None:
-        return days * 86_400 + (first or 0) * 3_600 + (second or 0) * 60 + (third or 0)
-    if third is not None:
-        return (first or 0) * 3_600 + (second or 0) * 60 + third
-    return (first or 0) * 60 + (second or 0)
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        total = days * 86_400 + first * 3_600 + second * 60 + third
+    else:
+        total = first * 60 + second
+    return total or None  # 0 is no limit, too

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from lhcp import config_file
 from lhcp.config import ConfigError, Section
@@ -29,7 +28,12 @@ def _one_line(value: str) -> str:
     return value
 
 
-Line = Annotated[str, AfterValidator(_one_line)]
+def _text(value: object) -> object:
+    """YAML reads some names as numbers."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Line = Annotated[str, BeforeValidator(_text), AfterValidator(_one_line)]
 
 
 class Container(Section):
@@ -65,7 +69,7 @@ class Site(Section):
     container: Container | None = None
     network_interface: Line | None = None
     """For NCCL's and gloo's sockets, such as ib0 or =bond0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)."""
-    env: dict[Line, str] = Field(default_factory=dict)
+    env: dict[Line, Annotated[str, BeforeValidator(_text)]] = Field(default_factory=dict)
     """Environment variables of jobs; they go before the defaults of slurm/lib/environment.sh."""
 
     @field_validator("gpus")
@@ -90,8 +94,8 @@ class Site(Section):
         for name, text in value.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"given {name!r}, must be the name of an environment variable")
-            if "\x00" in text:
-                raise ValueError(f"{name} has a character that no environment variable can hold")
+            if text:
+                _one_line(text)
         return value
 
     def options(self) -> dict[str, str | None]:
@@ -120,6 +124,8 @@ class Site(Section):
         """
         if self.container is None:
             return [], [self.interpreter()]
+        if unclear := [path for path in paths if "," in str(path) or ":" in str(path)]:
+            raise ConfigError(f"{unclear[0]} cannot be mounted in a container, since it has , or : in its name")
         mounts = [*self.container.mounts, *(f"{path}:{path}" for path in paths)]
         if self.container.runtime == "pyxis":
             srun = [f"--container-image={self.container.image}", f"--container-mounts={','.join(mounts)}"]
@@ -133,7 +139,12 @@ class Site(Section):
         if self.network_interface is not None:
             variables = {"NCCL_SOCKET_IFNAME": self.network_interface,
                          "GLOO_SOCKET_IFNAME": self.network_interface.lstrip("=^")} | variables  # fmt: skip
-        return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+        return [f"export {name}={shell_quote(value)}" for name, value in variables.items()]
+
+
+def shell_quote(value: str) -> str:
+    """As one word of the shell, also where `shlex.quote` would leave it bare, which linters then wonder about."""
+    return value if re.fullmatch(r"[\w@%+./-]+", value, re.ASCII) else "'" + value.replace("'", "'\"'\"'") + "'"
 
 
 def check_option(name: str) -> None:

@@ -56,7 +56,7 @@ def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, st
     record(run_dir, failure)
     failures = in_a_row(run_dir)
     if len(failures) >= config.checkpoint.max_failures:
-        _tell(crash_loop(config, failures))
+        _tell(crash_loop(config, out, failures))
         return "end 1"
     return "run" if len(failures) == 1 and code != EXIT_FORCED else "requeue"
 
@@ -70,12 +70,12 @@ def _before(config: RunConfig, out: Path) -> str:
         return f"end {EXIT_STOPPED}"
     failures = in_a_row(run_dir)
     if len(failures) >= config.checkpoint.max_failures:
-        _tell(crash_loop(config, failures))
+        _tell(crash_loop(config, out, failures))
         return "end 1"
     return "run"
 
 
-def crash_loop(config: RunConfig, failures: Sequence[Mapping[str, Any]]) -> str:
+def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any]]) -> str:
     """The message that ends one."""
     steps = sorted({failure["step"] + 1 for failure in failures})
     where = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
@@ -85,17 +85,20 @@ def crash_loop(config: RunConfig, failures: Sequence[Mapping[str, Any]]) -> str:
         f"error: {where} of {config.total_steps} failed {len(failures)} times in a row, with no new checkpoint between "
         f"(exit codes {codes}): not started again\n"
         f"       the logs are in {run_dir / 'logs'} and beside the job's script; when the cause is mended, go on by\n"
-        f"       lhcp submit {run_dir}"
+        f"       lhcp submit {out}"
     )
 
 
 def in_a_row(run_dir: Path) -> list[dict[str, Any]]:
     """The last failures, since a checkpoint was published or somebody started the run again."""
     path = run_dir / FAILURES_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     row: list[dict[str, Any]] = []
     for line in lines:
-        failure = json.loads(line)
+        try:
+            failure = json.loads(line)
+        except json.JSONDecodeError:  # the last, or torn by a full disk
+            continue
         if "submitted" in failure:
             row = []
         elif row and failure["saved"] > row[-1]["saved"]:
@@ -105,10 +108,11 @@ def in_a_row(run_dir: Path) -> list[dict[str, Any]]:
     return row if not row or _saved(run_dir) <= row[-1]["saved"] else []
 
 
-def forgive(run_dir: Path) -> None:
-    """Begin to count anew, because somebody starts the run again."""
-    if (run_dir / FAILURES_FILE).exists():
-        record(run_dir, {"submitted": _now()})
+def forgive(out: Path) -> None:
+    """Begin to count anew, because somebody starts the run in `out`, or those in folders of it, again."""
+    for path in (out / FAILURES_FILE, *out.glob(f"*/{FAILURES_FILE}")):
+        if path.exists():
+            record(path.parent, {"submitted": _now()})
 
 
 def record(run_dir: Path, entry: Mapping[str, Any]) -> None:

@@ -22,11 +22,12 @@ from torch.distributed.elastic.agent.server import api as server
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 
-from lhcp.stop import EXIT_FORCED, EXIT_STOPPED, SIGNALS
+from lhcp.stop import EXIT_FORCED, EXIT_HUNG, EXIT_STOPPED, SIGNALS
 
 # Exit codes of ranks that have said why.
-TOLD = (1, 2, EXIT_STOPPED, EXIT_FORCED)
+TOLD = (1, 2, EXIT_STOPPED, EXIT_FORCED, EXIT_HUNG)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in SIGNALS:
         signal.signal(number, pass_on)
     # They say of each rank that ended what is said better below.
-    for name in (api.__name__, server.__name__):
+    for name in (api.__name__, server.__name__, dynamic_rendezvous.__name__):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run.run(run.get_args_parser().parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments]))
@@ -55,11 +56,19 @@ def main(arguments: Sequence[str]) -> int:
         if -code in told:  # a rank that could not note it yet
             print(f"stopped by {signal.Signals(-code).name}; go on by --resume last", file=sys.stderr)
             return EXIT_STOPPED
+        if -code == signal.SIGALRM:  # see lhcp.watchdog
+            print(f"error: no progress: rank {rank} could not run Python for hang_timeout_s", file=sys.stderr)
+            print("       its stacks are at the end of its log in logs/ of the run folder", file=sys.stderr)
+            print("       go on by --resume last; if nothing hangs, raise hang_timeout_s", file=sys.stderr)
+            return EXIT_HUNG
         if code not in TOLD:
             how = f"exit code {code}" if code >= 0 else f"signal {-code}"
             print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
             print("       go on by --resume last; logs are in the run folder", file=sys.stderr)
         return code if code >= 0 else 128 - code
+    except RendezvousError:  # the store is the first node's torchrun
+        print("error: the torchrun of the first node has ended, so this one does; see its messages", file=sys.stderr)
+        return 1
     except SignalException as error:
         print(f"stopped by {error.sigval.name}", file=sys.stderr)
         return 128 + error.sigval

@@ -34,11 +34,16 @@ def check_files(config: RunConfig, resume: str | None = None, allowed: Collectio
     if resume is not None:
         if checkpoint := first_readable(config.output_dir, resume):
             check_meaning(checkpoint, config, data_entry(config), allowed)
-    elif any((config.output_dir / name).exists() for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE)):
+    elif holds_run(config.output_dir):
         raise ConfigError(
             f"output_dir {config.output_dir} already holds a run; go on with it by --resume {LAST}, or choose another "
             f"folder"
         )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun there."""
+    return any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, EVENTS_FILE))
 
 
 def data_entry(config: RunConfig) -> DataEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -30,10 +31,19 @@ class Mesh:
     """All dp x cp ranks in one dimension: what parameters are sharded over."""
 
     @classmethod
-    def build(cls, config: ParallelConfig, device: torch.device) -> Mesh:
-        """Of all processes of the default group (collective)."""
+    def build(cls, config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> Mesh:
+        """Of all processes of the default group (collective).
+
+        Args:
+            config: resolved.
+            device: of this process.
+            timeout: limit for one collective. None: torch's default, which is not that of the default group.
+        """
         assert config.dp is not None
         mesh = init_device_mesh(device.type, (config.dp, config.cp), mesh_dim_names=("dp", "cp"))
+        if timeout is not None:
+            for group in mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
         cp = ContextParallel(mesh.get_group("cp"), config.sharding, config.exchange, config.block_backend)
         ranks = init_device_mesh(device.type, (config.dp * config.cp,), mesh_dim_names=("ranks",))
         return cls(cp, mesh.get_local_rank("dp"), config.dp, ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +17,15 @@ from lhcp.parallelize import on_any_rank
 from lhcp.stop import StopRequest
 from lhcp.trainer import Trainer
 
+Beat = Callable[[str], None]
+"""Tells the watchdog what comes next, at the same places on every rank."""
+
 
 class SaveError(RuntimeError):
     """Checkpoints cannot be written; the message says why."""
 
 
-def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLogger | None) -> bool:
+def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLogger | None, beat: Beat) -> bool:
     """All steps that are left, with checkpoints and evaluations; only the rank with a `logger` reports (collective).
 
     Returns:
@@ -33,25 +37,29 @@ def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLog
     """
     config = trainer.config
     total, every = config.total_steps, config.checkpoint.every
-    _evaluate_if_due(trainer, logger)  # a kill may have come between this checkpoint and its evaluation
+    _evaluate_if_due(trainer, logger, beat)  # a kill may have come between this checkpoint and its evaluation
     while trainer.done < total:
+        beat(f"in step {trainer.done + 1}")
         try:
             _step(trainer, logger)
         except FloatingPointError:
+            beat(f"in the save after step {trainer.done}")
             _report(saver.collect(block=True), logger)  # the one being written is still good
             raise
         stopping = on_any_rank(request.signal is not None, trainer.device)
         due = stopping or trainer.done == total or (every > 0 and trainer.done % every == 0)
+        if due:
+            beat(f"in the save after step {trainer.done}")
         _report(saver.collect(block=due), logger)
         if due:
             if saver.failed:
                 raise SaveError(f"the last {MAX_FAILURES} checkpoints could not be written: {saver.last_error}")
             saver.start(trainer.state(), trainer.manifest())
         if stopping:
-            _finish(saver, logger)
+            _finish(trainer, saver, logger, beat)
             return False
-        _evaluate_if_due(trainer, logger)
-    _finish(saver, logger)
+        _evaluate_if_due(trainer, logger, beat)
+    _finish(trainer, saver, logger, beat)
     return True
 
 
@@ -85,11 +93,12 @@ def _step(trainer: Trainer, logger: MetricsLogger | None) -> None:
         logger.event("skipped", loss=loss, grad_norm=norm)
 
 
-def _evaluate_if_due(trainer: Trainer, logger: MetricsLogger | None) -> None:
+def _evaluate_if_due(trainer: Trainer, logger: MetricsLogger | None, beat: Beat) -> None:
     evaluation, done = trainer.config.eval, trainer.done
     last = done == trainer.config.total_steps
     if done and evaluation.sequences and (last or (evaluation.every and done % evaluation.every == 0)):
         for mode in evaluation.modes:
+            beat(f"in the {mode} evaluation after step {done}")
             loss = trainer.held_out(mode)
             if logger is not None:
                 logger.event(HELD_OUT if mode == "dense" else f"{HELD_OUT}_{mode}", step=done - 1, loss=loss)
@@ -106,8 +115,9 @@ def _report(saved: Saved | None, logger: MetricsLogger | None) -> None:
             logger.event("checkpoint", step=saved.step - 1, seconds=saved.seconds)
 
 
-def _finish(saver: Saver, logger: MetricsLogger | None) -> None:
+def _finish(trainer: Trainer, saver: Saver, logger: MetricsLogger | None, beat: Beat) -> None:
     """Wait for the last save."""
+    beat(f"in the save after step {trainer.done}")
     saved = saver.collect(block=True)
     _report(saved, logger)
     if saved is not None and saved.error:

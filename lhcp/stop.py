@@ -18,6 +18,8 @@ EXIT_STOPPED = 75
 """Exit code of a run that was told to stop and has saved: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
 EXIT_FORCED = 76
 """Exit code of a rank that had not saved when its time was up."""
+EXIT_HUNG = 77
+"""Exit code of the ranks of a run that has made no progress for `hang_timeout_s`; see `lhcp.watchdog`."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

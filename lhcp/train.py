@@ -2,7 +2,7 @@
 
 Configuration and data are checked before any process group or device memory exists. Rank 0 alone writes to the run
 folder, except for checkpoints and logs, and prints. Exit codes: 0 finished, 1 failed, 2 something that the user can
-correct, `EXIT_STOPPED` and `EXIT_FORCED` of `lhcp.stop`.
+correct, `EXIT_STOPPED`, `EXIT_FORCED` and `EXIT_HUNG` of `lhcp.stop`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from lhcp.plot import plot_loss
 from lhcp.run import SaveError, run
 from lhcp.stop import EXIT_STOPPED, stop_on_signal
 from lhcp.trainer import Trainer
+from lhcp.watchdog import collective_timeout, watch
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -106,24 +107,28 @@ def train(
         ConfigError: the run folder is in use; the data or the checkpoint is damaged, or does not fit.
         SaveError, FloatingPointError: see `lhcp.run.run`.
     """
-    run_dir = config.output_dir
+    run_dir, timeout = config.output_dir, collective_timeout(config.hang_timeout_s)
     with ExitStack() as stack:
         request = stack.enter_context(stop_on_signal(config.checkpoint.stop_timeout_s))
-        stack.enter_context(process_group(env, device))
+        watchdog = stack.enter_context(watch(run_dir, env, config.hang_timeout_s))
+        watchdog.beat("at the start, waiting for all ranks")
+        stack.enter_context(process_group(env, device, timeout))
         on_rank_zero(lambda: stack.enter_context(locked(run_dir)))
-        run_folder.log_to(run_dir, env.rank)
+        watchdog.fall_back_to(run_folder.log_to(run_dir, env.rank))
         stack.push(_log_end)
+        watchdog.beat("at the start, checking the data and the checkpoint")
         checkpoint = _checked_start(config, env, resume, allowed)
-        trainer = Trainer(config, Mesh.build(config.parallel, device), device, checkpoint)
+        watchdog.beat("at the start, building the model")
+        trainer = Trainer(config, Mesh.build(config.parallel, device, timeout), device, checkpoint)
         aside = on_rank_zero(lambda: run_folder.begin(run_dir, config, trainer.done, device))
-        saver = Saver(run_dir, config.checkpoint.keep, device)
+        saver = Saver(run_dir, config.checkpoint.keep, device, timeout)
         logging.info("rank %d of %d begins with step %d", env.rank, env.world_size, trainer.done + 1)
         logger = None
         if env.rank == 0:
             for path in aside:
                 print(f"a newer checkpoint is set aside as {path}")
             logger = stack.enter_context(MetricsLogger(run_dir, config.total_steps, trainer.done))
-        finished = run(trainer, saver, request, logger)
+        finished = run(trainer, saver, request, logger, watchdog.beat)
     if env.rank == 0 and finished:
         plot_loss(run_dir)
     elif env.rank == 0:

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,12 +44,13 @@ class Saver:
         run_dir: the run folder, which exists; it is not made again when someone removes it.
         keep: newest checkpoints that are kept.
         device: where the tensors are.
+        timeout: for ranks to wait for each other in a save. None: torch's default.
     """
 
-    def __init__(self, run_dir: Path, keep: int, device: torch.device) -> None:
+    def __init__(self, run_dir: Path, keep: int, device: torch.device, timeout: timedelta | None = None) -> None:
         self._run_dir, self._keep = run_dir, keep
         # Collectives of a thread must not mix with those of training.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         # On a GPU into pinned memory, kept for the next save. DefaultStager cannot stage twice in torch 2.11.
         self._stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
         self._pending: tuple[int, Future[object], Future[float]] | None = None

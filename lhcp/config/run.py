@@ -110,6 +110,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     stop_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after SIGTERM or SIGUSR1 to end the step and save in; a rank that has not by then exits with 76."""
+    max_failures: PositiveInt = 3
+    """Failures in a row, without a new checkpoint between them, after which a job does not start the run again."""
 
 
 class EvalConfig(Section):
@@ -143,6 +145,11 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Only deterministic kernels: two runs of one layout give bit-identical weights. Slower on GPUs."""
+    hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 1_800.0
+    """Seconds without progress after which a run is taken for hung: every rank writes its stacks and exits with 77.
+    Must exceed the longest of: waiting for the last rank to start; reading the data and the checkpoint to compare
+    checksums; building or loading the model; a step, the first with its compilation; an evaluation in one mode; a save,
+    with the one before it if that is not written yet. Time in which processes are suspended counts."""
     model: ModelConfig
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -15,6 +16,9 @@ from torch._C._distributed_c10d import HashStore
 from lhcp.config import ConfigError
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+# How many collectives torch remembers, to be written when a run hangs; at the second name, older, it warns.
+_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_RECORDED = "2000"
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,24 @@ class ProcessEnv:
 
 
 @contextmanager
-def process_group(env: ProcessEnv, device: torch.device) -> Iterator[None]:
-    """The default process group: NCCL on GPUs, gloo on CPUs; one process needs no launcher."""
+def process_group(env: ProcessEnv, device: torch.device, timeout: timedelta | None = None) -> Iterator[None]:
+    """The default process group: NCCL on GPUs, gloo on CPUs; one process needs no launcher.
+
+    Args:
+        env: of this process.
+        device: of this process.
+        timeout: limit for the other processes to come, and for one collective. None: torch's default.
+    """
+    if not any(name in os.environ for name in _RECORDER):
+        os.environ[_RECORDER[0]] = _RECORDED
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
     if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     try:
         yield
     finally:

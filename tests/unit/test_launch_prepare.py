@@ -1,0 +1,276 @@
+"""Checking a request: every wrong value has its message before anything is written; what is right is written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from golden.update import write_inputs
+from lhcp.config import ConfigError
+from lhcp.launch import jobs
+from lhcp.launch.jobs import Job
+from lhcp.launch.prepare import Prepared, Request, prepare
+from lhcp.launch.submit import by_sbatch
+
+TEMPLATES = "latency, preflight, recoverability, sweep, train_1m, train_98k"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with data, run.yaml and grid.yaml."""
+    (tmp_path / "data").symlink_to(inputs / "data")
+    run = yaml.safe_load((inputs / "run.yaml").read_text())
+    run |= {"output_dir": "run", "data": {"path": "data"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    write_grid(tmp_path, arms={"dense": {"seed": 1}, "lighthouse": {}})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_grid(folder: Path, **grid: Any) -> None:
+    (folder / "grid.yaml").write_text(yaml.safe_dump({"config": "run.yaml"} | grid, sort_keys=False))
+
+
+def request(template: str = "train_98k", config: str | None = "run.yaml", **changes: Any) -> Request:
+    return Request(template=template, config=Path(config) if config else None, **changes)
+
+
+def refusal(**changes: Any) -> str:
+    """The message of a request that is refused, with nothing written."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(ConfigError) as error:
+        prepare(request(**changes))
+    assert sorted(Path.cwd().rglob("*")) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        (
+            ["parallel.cp=2"],
+            {"gpus-per-node": "3"},
+            "1 node(s) with 3 GPU(s) each: parallel.dp unset x parallel.cp 2 does not match 3 process(es); start a "
+            "multiple of 2, or set parallel.cp to a divisor of 3",
+        ),
+        (
+            ["parallel.cp=2", "parallel.dp=4"],
+            {"nodes": "2"},
+            "2 node(s) with 8 GPU(s) each: parallel.dp 4 x parallel.cp 2 does not match 16 process(es); start 8, or "
+            "set parallel.dp to 8, or to null to follow from the processes",
+        ),
+        (
+            ["optim.lrr=1"],
+            {},
+            "optim.lrr: unknown key; did you mean 'lr'? valid in optim: lr, warmup_steps, betas, eps, weight_decay, "
+            "grad_clip, max_skipped_steps",
+        ),
+        (
+            ["parallel.cp=8", "attention.topk=24", "attention.num_strata=8"],
+            {},
+            "num_strata 8 is not legal: it does not divide evenly over the 16 chunks of the context-parallel layout (a "
+            "chunk is a whole number of strata); none is valid here: topk should be a multiple of the chunks",
+        ),
+        (
+            ["attention.topk=81"],
+            {},
+            "topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, pooling_factor 3); it must be at "
+            "most that",
+        ),
+        ([], {"nodes": "0"}, "nodes: given '0', must be a whole number of at least 1"),
+        ([], {"nodes": "two"}, "nodes: given 'two', must be a whole number of at least 1"),
+        ([], {"nodes": "1-4"}, "nodes: given '1-4', must be a whole number of at least 1"),
+        ([], {"nodes": None}, "nodes: given None, must be a whole number of at least 1"),
+        ([], {"gpus-per-node": "0"}, "gpus-per-node: given '0', must be a whole number of at least 1"),
+        (
+            [],
+            {"signal": "USR1@600"},
+            "signal=USR1@600 comes too late: a run may take checkpoint.stop_timeout_s = 600 s to save; shorten that, "
+            "or send it earlier: --sbatch signal=USR1@630",
+        ),
+        (
+            ["checkpoint.stop_timeout_s=700"],
+            {},
+            "signal=USR1@660 comes too late: a run may take checkpoint.stop_timeout_s = 700 s to save; shorten that, "
+            "or send it earlier: --sbatch signal=USR1@730",
+        ),
+        ([], {"signal": "USR1"}, "signal: given 'USR1', must be USR1@SECONDS before the time limit"),
+        ([], {"signal": "@700"}, "signal: given '@700', must be USR1@SECONDS before the time limit"),
+        ([], {"signal": "USR1@soon"}, "signal: given 'USR1@soon', must be USR1@SECONDS before the time limit"),
+        ([], {"signal": None}, "signal: given None, must be USR1@SECONDS before the time limit"),
+        # Then the trainer would be killed, or would not be told at all.
+        ([], {"signal": "KILL@700"}, "signal: given 'KILL@700', must be USR1@SECONDS before the time limit"),
+        ([], {"signal": "B:USR1@700"}, "signal: given 'B:USR1@700', must be USR1@SECONDS before the time limit"),
+        (
+            [],
+            {"time": "11:29"},
+            "time=11:29 leaves less than 30 s before the job is told to stop, 660 s ahead of its end (signal=USR1@660)"
+            "; ask for more time, or shorten checkpoint.stop_timeout_s and then the signal: --sbatch "
+            "signal=USR1@SECONDS",
+        ),
+        (
+            [],
+            {"time": "tomorrow"},
+            "time 'tomorrow' is no time limit; valid: minutes, hours:minutes:seconds, days-hours",
+        ),
+        ([], {"output": "x"}, "--sbatch: output cannot be set: the launcher does"),
+        ([], {"array": "0-3"}, "--sbatch: array cannot be set: the launcher does"),
+        (
+            [],
+            {"N": "2"},
+            "--sbatch: given 'N', must be the long name of an option of sbatch, such as cpus-per-task",
+        ),
+        ([], {"job-name": "a\nb"}, "'a\\nb' has a line break, which no job script can hold"),
+    ],
+)
+def test_wrong_values(folder: Path, overrides: list[str], options: dict[str, str | None], message: str) -> None:
+    assert refusal(overrides=overrides, options=options) == message
+
+
+def test_just_enough_time(folder: Path) -> None:
+    """A second less of either is refused above."""
+    options = {"time": "11:30", "signal": "USR1@660"}
+    assert prepare(request(options=options)).options.items() >= options.items()
+    options = {"time": "10:31", "signal": "USR1@601"}
+    assert prepare(request(options=options)).options.items() >= options.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "train"}, f"no job template train; valid: {TEMPLATES}, or a file that ends with .sbatch"),
+        ({"template": "a.sbatch"}, f"no job template a.sbatch; valid: {TEMPLATES}, or a file that ends with .sbatch"),
+        ({"config": None}, "template train_98k needs a run's configuration (a YAML file)"),
+        ({"config": "no.yaml"}, "no.yaml: no such file"),
+        ({"template": "sweep", "config": None}, "template sweep needs a grid (a YAML file)"),
+        ({"template": "preflight"}, "template preflight takes no configuration; leave run.yaml out"),
+        ({"template": "preflight", "config": None}, "template preflight: say where results go with --out"),
+        ({"template": "latency"}, "template latency: say where results go with --out"),
+        (
+            {"template": "sweep", "config": "grid.yaml"},
+            "template sweep writes many results; say where with --out",
+        ),
+    ],
+)
+def test_what_a_template_needs(folder: Path, changes: dict[str, Any], message: str) -> None:
+    assert refusal(**changes) == message
+
+
+def test_missing_data(folder: Path) -> None:
+    message = f"no dataset in {folder / 'nowhere'} (the folder does not exist); make one with `lhcp data prepare`"
+    assert refusal(overrides=["data.path=nowhere"]) == message
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (
+            {"arms": {"a": {}}, "varied": {"seed": [0]}},
+            "grid.yaml: varied: unknown key; did you mean 'vary'? valid: config, arms, vary",
+        ),
+        ({}, "grid.yaml: its arms and vary make one job, which needs no grid; submit the configuration"),
+        (
+            {"vary": {"seed": [0, 1, 0]}},
+            "grid.yaml: two elements are named 'seed=0'; name the arms apart",
+        ),
+        (
+            {"arms": {"a": {}}, "vary": {"parallel.cp": [1, 2], "optim.cp": [1]}, "config": "run.yaml"},
+            "a,cp=1,cp=1: optim.cp: unknown key; valid in optim: lr, warmup_steps, betas, eps, weight_decay, "
+            "grad_clip, max_skipped_steps",
+        ),
+        (
+            {"arms": {"a/b": {}, "c": {}}},
+            "grid.yaml: 'a/b' cannot name a folder; name arms by letters, digits and any of _.,=+-",
+        ),
+        (
+            {"arms": {"..": {}, "c": {}}},
+            "grid.yaml: '..' cannot name a folder; name arms by letters, digits and any of _.,=+-",
+        ),
+        (
+            {"vary": {"data.path": ["/a", "/b"]}},
+            "grid.yaml: 'path=/a' cannot name a folder; name arms by letters, digits and any of _.,=+-",
+        ),
+        ({"arms": {"a": {}}, "vary": {"seed": []}}, "grid.yaml: vary.seed: given [], must have at least 1 item(s)"),
+        (
+            {"arms": {"good": {}, "bad": {"attention.topk": 81}}},
+            "bad: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, pooling_factor 3); it must be "
+            "at most that",
+        ),
+        (
+            {"arms": {"good": {}, "bad": {"optim.lr": -1}}},
+            "bad: optim.lr: given -1, must be greater than 0",
+        ),
+        ({"arms": {"a": {}, "b": {}}, "config": "no.yaml"}, "a: no.yaml: no such file"),
+    ],
+)
+def test_wrong_grids(folder: Path, grid: dict[str, Any], message: str) -> None:
+    write_grid(folder, **grid)
+    assert refusal(template="recoverability", config="grid.yaml", out=Path("out")) == message
+
+
+@pytest.mark.parametrize("name", ["jobs", "code"])
+def test_an_arm_cannot_be_named_as_the_launcher_names_its_folders(folder: Path, name: str) -> None:
+    write_grid(folder, arms={"good": {}, name: {}})
+    assert name in refusal(template="recoverability", config="grid.yaml", out=Path("out"))
+
+
+def test_a_date_in_a_grid(folder: Path) -> None:
+    (folder / "grid.yaml").write_text("config: run.yaml\nvary: {seed: [2026-01-01, 1]}\n")
+    assert "seed" in refusal(template="recoverability", config="grid.yaml", out=Path("out"))
+
+
+def write_submitted(prepared: Prepared) -> None:
+    """As a submission leaves it."""
+    prepared.write()
+    record = Job(
+        job_id="7", name=prepared.name, folder=prepared.folder, log=prepared.folder / "slurm-7.out", submitted="now"
+    )
+    jobs.remember(prepared.out, [record])
+
+
+def test_what_was_submitted_already(folder: Path) -> None:
+    write_submitted(prepare(request()))
+    run = folder / "run"
+    assert refusal() == (
+        f"{run} has been submitted already; `lhcp submit {run}` submits the same once more, --resume this one beside "
+        f"it, and another output_dir starts anew"
+    )
+    again = prepare(request(resume=True))
+    assert again.folder == run / "jobs" / "002"
+    again.write()
+    assert prepare(request(resume=True)).folder == run / "jobs" / "003"
+    assert prepare(request(out=Path("other"))).folder == folder / "other" / "jobs" / "001"
+
+
+def test_a_run_that_has_begun(folder: Path) -> None:
+    """The flag of `lhcp submit` and `lhcp launch sbatch` is --resume, and takes no value."""
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("")
+    message = refusal()
+    assert message.startswith(f"output_dir {folder / 'run'} already holds a run; go on with it by --resume")
+    assert "--resume last" not in message
+
+
+def test_what_slurm_has_refused_was_not_submitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    jobs_folder = folder / "run" / "jobs"
+    for resume in (False, True):
+        with pytest.raises(ConfigError) as error:
+            by_sbatch(prepare(request(resume=resume)))
+        assert str(error.value) == "sbatch: not found; submit on a machine that has Slurm's commands"
+        assert list(jobs_folder.iterdir()) == []
+    write_submitted(prepare(request()))
+    with pytest.raises(ConfigError, match=r"^sbatch: not found"):
+        by_sbatch(prepare(request(resume=True)))
+    assert sorted(path.name for path in jobs_folder.iterdir()) == ["001", "jobs.jsonl"]
+    assert (folder / "run" / "code" / "lhcp" / "train.py").exists()
