@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
+    # Of ranks that are left when this ends, by Ctrl-C or with the first node's torchrun: none of them can save then.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
     # They say of each rank that ended what is said better below.
     for name in (api.__name__, server.__name__, dynamic_rendezvous.__name__):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -88,6 +89,21 @@ def test_a_rank_is_killed(runs: Runs, cluster: Cluster, expected: list[float]) -
     shown = cluster.wait(job, {"COMPLETED", "FAILED"})
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0")
     assert losses(run_dir) == expected
+
+
+def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    job, run_dir = start(runs, "stopped", hang_timeout_s=10)
+    wait_for_step(run_dir, 23)
+    (rank,) = cluster.pids("n2", RANK)
+    os.kill(rank, signal.SIGSTOP)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 150)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0")
+    assert losses(run_dir) == expected
+    log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
+    assert re.search(
+        r"error: no progress for 10 s: rank 1 on host n2 gives no sign of life since \S+, when it was in step", log
+    )
+    assert "lhcp/trainer.py" in (run_dir / "logs/hang-rank-00000.txt").read_text()
 
 
 def test_a_crash_loop_ends(runs: Runs, cluster: Cluster) -> None:
