@@ -120,14 +120,8 @@ def prepare(request: Request) -> Prepared:
         files |= {f"config-{i}.yaml": config_file.dump(config) for i, config in enumerate(configs.values())}
     elif configs:
         files["config.yaml"] = config_file.dump(next(iter(configs.values())))
-    options |= {"output": str(folder / ("slurm-%A_%a.out" if "array" in options else "slurm-%j.out"))}
-    options = {"job-name": out.name} | options | {"chdir": str(folder)}
     gpus = _count(options, "gpus-per-node")
-    name, value = request.site.gpu_option(gpus)
-    if others := options.pop(name, None) if name != "gpus-per-node" else None:
-        value = f"{value},{others}"  # --gres=gpu:8,nvme:1
-    options = {(name if key == "gpus-per-node" else key): (value if key == "gpus-per-node" else old)
-               for key, old in options.items()}  # fmt: skip
+    options = _placed(options, request.site, gpus, folder)
     paths = [out]
     if template.trains:
         paths += dict.fromkeys(path for config in configs.values() for path in _inputs(config))
@@ -149,6 +143,21 @@ def _options(template: Script, request: Request) -> Options:
         except ValueError as error:
             raise ConfigError(f"--sbatch: {error}") from None
     return template.options | request.site.options() | dict(request.options)
+
+
+def _placed(options: Options, site: Site, gpus: int, folder: Path) -> Options:
+    """With the job's folder in them, and the GPUs of each node as the site asks for them."""
+    option, value = site.gpu_option(gpus)
+    if others := options.get(option) if option != "gpus-per-node" else None:
+        value = f"{value},{others}"  # --gres=gpu:8,nvme:1
+    log = folder / ("slurm-%A_%a.out" if "array" in options else "slurm-%j.out")
+    placed: Options = {"job-name": folder.parents[1].name}
+    for name, given in options.items():
+        if name == "gpus-per-node":
+            placed[option] = value
+        elif name != option:
+            placed[name] = given
+    return placed | {"output": str(log), "chdir": str(folder)}
 
 
 def _count(options: Options, name: str) -> int:

@@ -79,6 +79,7 @@ def by_sbatch(prepared: Prepared, after: str | None = None, chain: int = 1) -> l
     Raises:
         ConfigError: Slurm refuses.
     """
+    _refuse_beside(prepared.out, after)
     prepared.write()
     try:
         return _sbatch(prepared.out, prepared.folder, prepared.name, prepared.elements, after, chain)
@@ -102,6 +103,7 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
             f"{out} was moved since it was submitted; submit it anew with {folder / 'config.yaml'} --resume --set "
             f"output_dir={out}"
         )
+    _refuse_beside(out, after)
     last = jobs.submitted(out)[-1]
     return _sbatch(out, folder, last.name, last.elements, after, chain)
 
@@ -131,6 +133,7 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
     import submitit
     from submitit.core.utils import FailedJobError
 
+    _refuse_beside(prepared.out, after)
     prepared.write()
     order = _order(prepared.out, prepared.name, after, chain)
     own = {key: value for key, value in prepared.options.items() if key not in ("output", "array")}
@@ -190,6 +193,17 @@ def _order(out: Path, name: str, after: str | None, chain: int) -> dict[str, str
     if dependencies:
         order |= {"dependency": ",".join(dependencies), "kill-on-invalid-dep": "yes"}
     return order
+
+
+def _refuse_beside(out: Path, after: str | None) -> None:
+    """Two jobs of one run at a time would only be in each other's way."""
+    left = [] if after else jobs.states(jobs.submitted(out))
+    if left:
+        number = left[0].job_id.partition("_")[0]
+        raise ConfigError(
+            f"job {left[0].job_id} of {out} is {left[0].state.lower()} still; submit this one behind it with --after "
+            f"{number}, or end it first: lhcp cancel {out}"
+        )
 
 
 def _remember(out: Path, folder: Path, number: str, name: str, log: Path, elements: int | None) -> Job:
