@@ -38,7 +38,7 @@ class Runs:
         """Write the configuration of a run in the folder of that name."""
         stages = [{"mode": "lighthouse", "steps": STEPS}, {"mode": "dense", "steps": STEPS}]
         checkpoint = {"every": 10, "stop_timeout_s": 20}
-        values = {"stages": stages, "checkpoint": checkpoint, "output_dir": self.folder / name, "hang_timeout_s": 60}
+        values = {"stages": stages, "checkpoint": checkpoint, "output_dir": self.folder / name, "global_batch_size": 1}
         config = make_config(self.data, 1, 2, **(values | changes))
         path = self.folder / f"{name}.yaml"
         path.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ def test_a_rank_is_killed(runs: Runs, cluster: Cluster, expected: list[float]) -
 
 
 def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
-    job, run_dir = start(runs, "stopped", hang_timeout_s=10)
+    job, run_dir = start(runs, "stopped", hang_timeout_s=7)
     wait_for_step(run_dir, 23)
     (rank,) = cluster.pids("n2", RANK)
     os.kill(rank, signal.SIGSTOP)
@@ -101,7 +101,7 @@ def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) 
     assert losses(run_dir) == expected
     log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
     assert re.search(
-        r"error: no progress for 10 s: rank 1 on host n2 gives no sign of life since \S+, when it was in step", log
+        r"error: no progress for 7 s: rank 1 on host n2 gives no sign of life since \S+, when it was in step", log
     )
     assert "lhcp/trainer.py" in (run_dir / "logs/hang-rank-00000.txt").read_text()
 
