@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from forked_runs import run_to_end
 from lhcp import config_file
@@ -14,7 +11,7 @@ from lhcp.launch.prepare import Request
 from lhcp.launch.site import Site
 from lhcp.metrics import read_metrics
 from runs import make_config, write_data
-from slurm.cluster import Cluster, until
+from slurm.cluster import until
 
 STEPS = 60
 """Of each of the two stages."""
@@ -26,12 +23,10 @@ class Runs:
 
     Args:
         folder: for data and runs.
-        cluster: where they run.
     """
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cluster = cluster
         self.data = write_data(folder)
 
     def config(self, name: str, **changes: Any) -> Path:
@@ -55,14 +50,6 @@ class Runs:
         path = self.config("alone", **changes)
         assert run_to_end(2, [str(path)], self.folder / "alone.out") == [0, 0]
         return losses(self.folder / "alone")
-
-
-def on_the_login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process submit to the cluster."""
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
-        monkeypatch.delenv(name)
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -13,20 +13,11 @@ from lhcp.launch import submit
 from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Request, prepare
 from slurm.cluster import Cluster
-from slurm.runs_on_slurm import SITE, Runs, losses, on_the_login_node
+from slurm.runs_on_slurm import SITE, Runs, losses
 
+pytestmark = pytest.mark.usefixtures("login")
 REPOSITORY = Path(__file__).parents[2]
 ENDED = {"COMPLETED", "FAILED", "CANCELLED"}
-
-
-@pytest.fixture(scope="module")
-def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), cluster)
-
-
-@pytest.fixture(autouse=True)
-def _login(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_the_login_node(cluster, monkeypatch)
 
 
 def report(program: str, job: Job) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,9 @@ from lhcp.launch import script, submit
 from lhcp.launch.prepare import Request, prepare
 from lhcp.launch.site import load_site
 from slurm.cluster import Cluster
-from slurm.runs_on_slurm import Runs, on_the_login_node
+from slurm.runs_on_slurm import Runs
 
+pytestmark = pytest.mark.usefixtures("login")
 SITE = """\
 partition: gpu
 account: physics
@@ -25,16 +26,6 @@ setup:
 network_interface: lo
 """
 NODES = {"train_1m": 4, "preflight": 4}
-
-
-@pytest.fixture(scope="module")
-def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), cluster)
-
-
-@pytest.fixture(autouse=True)
-def _login(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_the_login_node(cluster, monkeypatch)
 
 
 @pytest.mark.parametrize("name", script.names())

@@ -14,29 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from lhcp import __version__
 from lhcp.launch import jobs, submit
 from lhcp.launch.prepare import prepare
 from lhcp.progress import read_starts
 from slurm.cluster import Cluster
-from slurm.runs_on_slurm import STEPS, Runs, losses, on_the_login_node, wait_for_step
+from slurm.runs_on_slurm import STEPS, Runs, losses, wait_for_step
 
+pytestmark = pytest.mark.usefixtures("login")
 RANK = r"^\S+ -u -m lhcp\.train "
 """Command line of a rank; that of torchrun has more before."""
-
-
-@pytest.fixture(scope="module")
-def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), cluster)
-
-
-@pytest.fixture(scope="module")
-def expected(runs: Runs) -> list[float]:
-    return runs.losses_alone()
-
-
-@pytest.fixture(autouse=True)
-def _login(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_the_login_node(cluster, monkeypatch)
 
 
 def start(runs: Runs, name: str, nodes: int = 2, **changes: object) -> tuple[str, Path]:
@@ -63,12 +50,19 @@ def test_told_to_stop_before_the_limit(runs: Runs, cluster: Cluster, expected: l
 
 
 def test_requeued_in_mid_step(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
-    job, run_dir = start(runs, "requeued")
+    request = runs.request("requeued")
+    held = dataclasses.replace(request, options={**request.options, "hold": None})
+    (submitted,) = submit.by_sbatch(prepare(held))
+    job, run_dir = submitted.job_id, runs.folder / "requeued"
+    copy = run_dir / "code/lhcp/__init__.py"
+    copy.write_text(copy.read_text().replace(__version__, "of the copy"))
+    cluster.run("scontrol", "release", job)
     wait_for_step(run_dir, 23)
     cluster.run("scontrol", "requeue", job)
     shown = cluster.wait(job, {"COMPLETED", "FAILED"})
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert losses(run_dir) == expected
+    assert [begun["lhcp"] for begun in read_starts(run_dir)] == ["of the copy", "of the copy"]
 
 
 def test_a_node_loses_power(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
@@ -122,7 +116,7 @@ def test_a_crash_loop_ends(runs: Runs, cluster: Cluster) -> None:
     assert "diverged" not in (run_dir / "jobs/001" / f"slurm-{waited}.out").read_text()
 
 
-def test_cancelled(runs: Runs, cluster: Cluster) -> None:
+def test_cancelled_and_submitted_again(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
     job, run_dir = start(runs, "cancelled")
     wait_for_step(run_dir, 13)
     (told,) = jobs.cancel(run_dir)
@@ -131,6 +125,9 @@ def test_cancelled(runs: Runs, cluster: Cluster) -> None:
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "75:0", "0")
     steps = len(losses(run_dir))
     assert (run_dir / f"checkpoints/step-{steps:08d}").is_dir()
+    (again,) = submit.again(run_dir)
+    assert cluster.wait(again.job_id, {"COMPLETED", "FAILED"})["JobState"] == "COMPLETED"
+    assert losses(run_dir) == expected
 
 
 def test_scancel_is_the_end(runs: Runs, cluster: Cluster) -> None:
