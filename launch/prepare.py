@@ -27,7 +27,7 @@ from lhcp.launch import grid, script
 from lhcp.launch.jobs import JOBS_FOLDER, numbers
 from lhcp.launch.script import Options, Script
 from lhcp.launch.site import Site, check_option, shell_quote
-from lhcp.launch.snapshot import CODE_FOLDER, copy_code
+from lhcp.launch.snapshot import BENCHMARKS, CODE_FOLDER, copy_code
 
 SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
@@ -103,6 +103,8 @@ def prepare(request: Request) -> Prepared:
         ConfigError: a wrong value, with what is valid.
     """
     template = script.read(request.template)
+    if "-m benchmarks." in template.body and not BENCHMARKS.is_dir():
+        raise ConfigError(f"template {template.name} runs benchmarks, which only a checkout of lhcp has; run it from one")
     options = _options(template, request)
     configs = _configs(template, request)
     for name, config in configs.items():

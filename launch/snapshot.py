@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+BENCHMARKS = PACKAGE.resolve().parent / "benchmarks"
+"""Only in a checkout: they are no part of the package that is installed."""
 CODE_FOLDER = "code"
 """In a run folder."""
 
@@ -25,9 +27,8 @@ def copy_code(to: Path) -> None:
     partial = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(PACKAGE, partial / "lhcp", ignore=shutil.ignore_patterns("__pycache__"))
-    benchmarks = PACKAGE.parent / "benchmarks"
-    if (benchmarks / "__init__.py").exists():
-        shutil.copytree(benchmarks, partial / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
+    if BENCHMARKS.is_dir():
+        shutil.copytree(BENCHMARKS, partial / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
     partial.rename(to)
 
 
