@@ -104,7 +104,7 @@ def prepare(request: Request) -> Prepared:
     """
     template = script.read(request.template)
     if "-m benchmarks." in template.body and not BENCHMARKS.is_dir():
-        raise ConfigError(f"template {template.name} runs benchmarks, which only a checkout of lhcp has; run it from one")
+        raise ConfigError(f"template {template.name} runs benchmarks, which only a checkout of lhcp has")
     options = _options(template, request)
     configs = _configs(template, request)
     for name, config in configs.items():
