@@ -83,7 +83,9 @@ class Watchdog:
 
     def fall_back_to(self, log: Path) -> None:
         """Where the stacks go when this process cannot run Python: the end of its log."""
-        self._fallback = log.open("a", encoding="utf-8")
+        with self._lock:
+            self._fallback = log.open("a", encoding="utf-8")
+            self._arm(self._timeout_s)
 
     def close(self) -> None:
         """Watch no more."""

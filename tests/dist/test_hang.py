@@ -39,11 +39,12 @@ from lhcp.trainer import Trainer
 from lhcp.watchdog import Watchdog, collective_timeout, watch
 from ranks import run_ranks
 from runs import make_config, write_data
+from waiting import until
 
 # torch looks up the name of every address that it connects to: 5 seconds each where no name server answers.
 os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 STEPS = 20
-TIMEOUT_S = 5.0
+TIMEOUT_S = 8.0
 HANGS_IN = 4
 """The step, from 1. There is a checkpoint after the second one."""
 
@@ -173,6 +174,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         name: launch(script, fault, write_config(data, folder / name, world), world)
         for name, fault, world in [("launched", "asleep", 2), ("launched alone", "without_python", 1)]
     }
+    # Their start-up, imports of torch, would take the cores away from the others.
+    until(lambda: all((folder / name / METRICS_FILE).exists() for name in launched), 60, lambda: "nothing launched")
     evaluated = {"eval": {"sequences": 2, "every": 10, "modes": ["dense", "no_attention"]}, "checkpoint": {"every": 10}}
     faults: dict[str, Callable[[int], None]] = {
         "stopped": lambda _: at_ring(stopped, 1),
@@ -264,7 +267,7 @@ def test_a_sleeping_rank_is_seen_in_its_stack(ended: dict[str, Ended]) -> None:
         assert f"in {function}\n" in main
         assert re.search(what, text)
     first, second = (datetime.fromisoformat(run.log(f"hang-rank-0000{rank}.txt").split(": ")[0]) for rank in (0, 1))
-    assert abs(second - first) <= timedelta(seconds=1), "each went by its own clock"
+    assert abs(second - first) <= timedelta(seconds=0.25 * TIMEOUT_S), "each went by its own clock"
 
 
 def test_the_last_collectives_are_kept(ended: dict[str, Ended]) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.metrics import read_metrics
 from runs import make_config, write_data
 from saved import published_tensors
+from waiting import until
 
 STEPS = 60
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
@@ -67,13 +67,6 @@ def fill(path: Path) -> None:
                 return
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
-
-
 def all_whole(run_dir: Path) -> list[int]:
     for step in published(run_dir):
         Checkpoint.open(step_folder(run_dir, step)).verify()
@@ -88,9 +81,9 @@ def test_a_full_disk_that_is_freed_costs_nothing(
     with small_disk(tmp_path / "disk", "size=6m") as disk:
         run_dir, output = disk / "run", tmp_path / "out.txt"
         run = ForkedRun(2, [write_config(data, run_dir, tmp_path)], output)
-        wait_until(lambda: len(published(run_dir)) > 0, "no checkpoint")
+        until(lambda: len(published(run_dir)) > 0, 60, lambda: "no checkpoint", every=0.002)
         fill(disk / "filler")
-        wait_until(lambda: "checkpoint failed" in output.read_text() or not run.alive(), "no save has failed")
+        until(lambda: "checkpoint failed" in output.read_text() or not run.alive(), 60, output.read_text, every=0.002)
         (disk / "filler").unlink()
         assert run.wait() == [0, 0], output.read_text()
         assert "No space left on device" in output.read_text()
@@ -107,7 +100,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_it_resumes(
         run_dir, output = disk / "run", tmp_path / "out.txt"
         arguments = [write_config(data, run_dir, tmp_path), "--resume", "last"]
         run = ForkedRun(2, arguments, output)
-        wait_until(lambda: len(published(run_dir)) > 0, "no checkpoint")
+        until(lambda: len(published(run_dir)) > 0, 60, lambda: "no checkpoint", every=0.002)
         fill(disk / "filler")
         assert run.wait() == [1, 1]
         assert "error: the last 3 checkpoints could not be written: rank " in output.read_text()
@@ -143,7 +136,7 @@ def test_checkpoints_that_become_read_only_end_the_run(data: Path, tmp_path: Pat
 def test_a_folder_that_is_removed_ends_the_run_and_stays_away(data: Path, tmp_path: Path) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "out.txt"
     run = ForkedRun(2, [write_config(data, run_dir, tmp_path)], output)
-    wait_until(lambda: len(published(run_dir)) > 0, "no checkpoint")
+    until(lambda: len(published(run_dir)) > 0, 60, lambda: "no checkpoint", every=0.002)
     while run_dir.exists():
         shutil.rmtree(run_dir, ignore_errors=True)
     assert run.wait() == [1, 1]

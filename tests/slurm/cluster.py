@@ -19,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from waiting import until
 
 NODES = ("n1", "n2", "n3", "n4")
 GPUS = 8
@@ -335,14 +337,6 @@ class Cluster:
     def _write_conf(self) -> None:
         settings = [f"{name}={value}" for name, value in {**_SETTINGS, **self._settings}.items()]
         (self.folder / "slurm.conf").write_text("\n".join([*settings, *self._fixed, ""]))
-
-
-def until(reached: Callable[[], bool], timeout: float, report: Callable[[], str]) -> None:
-    """Ask every 0.1 s, until it is so."""
-    deadline = time.monotonic() + timeout
-    while not reached():
-        assert time.monotonic() < deadline, f"not within {timeout} s: {report()}"
-        time.sleep(0.1)
 
 
 def _fields(line: str) -> dict[str, str]:

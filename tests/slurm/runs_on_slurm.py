@@ -11,7 +11,7 @@ from lhcp.launch.prepare import Request
 from lhcp.launch.site import Site
 from lhcp.metrics import read_metrics
 from runs import make_config, write_data
-from slurm.cluster import until
+from waiting import until
 
 STEPS = 60
 """Of each of the two stages."""

@@ -35,7 +35,7 @@ def test_a_sweep_with_an_element_that_failed(runs: Runs, cluster: Cluster, tmp_p
     request = Request(
         template="sweep",
         config=grid,
-        overrides=["parallel.dp=null", "compute_dtype=float64"],
+        overrides=["parallel.dp=null", "global_batch_size=2", "compute_dtype=float64"],
         out=tmp_path / "sweep",
         options={"gpus-per-node": "2"},
         site=SITE,

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from slurm import cluster as cluster_module
-from slurm.cluster import GPUS, NODES, Cluster, until
+from slurm.cluster import GPUS, NODES, Cluster
+from waiting import until
 
 _DAEMONS = {"munged", "slurmctld", "slurmscriptd", "slurmd", "unshare", "sh", "sleep"}
 _SHOW = "echo $(hostname) $SLURM_PROCID $SLURM_GPUS_ON_NODE $CUDA_VISIBLE_DEVICES"
