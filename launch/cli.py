@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -35,13 +36,22 @@ SbatchOptions = Annotated[
     list[str] | None,
     typer.Option("--sbatch", metavar="NAME[=VALUE]", help="Any other option of sbatch, such as cpus-per-task=16."),
 ]
-After = Annotated[str | None, typer.Option(metavar="JOB", help="Start when this job has succeeded.")]
+After = Annotated[
+    str | None,
+    typer.Option(metavar="JOB", help="Start when this job has succeeded; one of the same run: when it has ended."),
+]
 Chain = Annotated[
     int, typer.Option(min=1, help="Submit so many jobs; each goes on where the one before met its time limit.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir, if there is one already.")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="Go on although this key, part of what the model computes, has changed."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show the script; write nothing.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print the log as it grows, until the job has ended.")]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Print the log as it grows, until the job has ended; ends with its code.")
+]
 
 
 def submit_command(
@@ -59,22 +69,24 @@ def submit_command(
     after: After = None,
     chain: Chain = 1,
     resume: Resume = False,
+    allow_change: AllowChange = None,
     dry_run: DryRun = False,
     follow: Follow = False,
 ) -> None:
     """Submit a run to Slurm; it comes back by itself after preemption, the time limit and failures."""
     if config.is_dir():
-        if overrides or site or out or nodes or gpus_per_node or time or sbatch:
+        if overrides or site or out or nodes or gpus_per_node or time or sbatch or allow_change:
             raise ConfigError(
                 f"{config} is submitted again as it was; to change something: "
                 f"lhcp submit {jobs.newest_folder(config.absolute()) / 'config.yaml'} --resume, with the changes"
             )
         if dry_run:
-            print((jobs.newest_folder(config.absolute()) / "job.sbatch").read_text(encoding="utf-8"), end="")
+            print(submit.script_again(config.absolute()), end="")
             return
         done = submit.again(config, after, chain)
     else:
-        prepared = prepare(_request(template, config, overrides, site, out, nodes, gpus_per_node, time, sbatch, resume))
+        shape = {"nodes": nodes, "gpus-per-node": gpus_per_node, "time": time}
+        prepared = prepare(_request(template, config, overrides, site, out, shape, sbatch, resume, allow_change))
         if dry_run:
             print(prepared.text, end="")
             return
@@ -99,11 +111,13 @@ def sbatch_command(
     after: After = None,
     chain: Chain = 1,
     resume: Resume = False,
+    allow_change: AllowChange = None,
     dry_run: DryRun = False,
     follow: Follow = False,
 ) -> None:
     """Submit a job template with plain sbatch."""
-    prepared = prepare(_request(template, config, overrides, site, out, nodes, gpus_per_node, time, sbatch, resume))
+    shape = {"nodes": nodes, "gpus-per-node": gpus_per_node, "time": time}
+    prepared = prepare(_request(template, config, overrides, site, out, shape, sbatch, resume, allow_change))
     if dry_run:
         print(prepared.text, end="")
         return
@@ -151,12 +165,16 @@ def cancel_command(
 
 def logs_command(
     out: Annotated[Path, typer.Argument(help="A run folder, or another that jobs write to.")],
+    element: Annotated[int, typer.Option(min=0, help="Of a job array, which one.")] = 0,
     follow: Follow = False,
 ) -> None:
     """Print the log of the last job of a run."""
     jobs.newest_folder(out.absolute())  # or there is no job
     newest_first = jobs.submitted(out.absolute())[::-1]
-    _print_log(next((job for job in newest_first if job.log.exists()), newest_first[0]), follow)
+    job = next((job for job in newest_first if job.log.exists()), newest_first[0])
+    if element >= (job.elements or 1):
+        raise ConfigError(f"--element {element}: job {job.job_id} has {job.elements or 1}, numbered from 0")
+    _print_log(job, job.log_of(element), follow)
 
 
 def _request(
@@ -165,20 +183,18 @@ def _request(
     overrides: list[str] | None,
     site: Path | None,
     out: Path | None,
-    nodes: int | None,
-    gpus_per_node: int | None,
-    time: str | None,
+    shape: Mapping[str, object],
     sbatch: list[str] | None,
     resume: bool,
+    allow_change: list[str] | None,
 ) -> Request:
-    shape = {"nodes": nodes, "gpus-per-node": gpus_per_node, "time": time}
     options: script.Options = {name: str(value) for name, value in shape.items() if value is not None}
     for option in sbatch or ():
         name, equals, value = option.removeprefix("--").partition("=")
         options[name] = value if equals else None
     return Request(
         template=template, config=config, overrides=overrides or (), out=out, options=options,
-        site=load_site(site), resume=resume,
+        site=load_site(site), resume=resume, allowed=allow_change or (),
     )  # fmt: skip
 
 
@@ -192,9 +208,11 @@ def _tell(done: list[Job], follow: bool) -> None:
     print(f"  log     {done[0].log}")
     print(f"  script  {done[0].folder / 'job.sbatch'}")
     if follow:
-        _print_log(done[0], follow=True)
+        _print_log(done[0], done[0].log, follow=True)
 
 
-def _print_log(job: Job, follow: bool) -> None:
-    for text in jobs.follow(job) if follow else jobs.log_so_far(job):
+def _print_log(job: Job, log: Path, follow: bool) -> None:
+    for text in jobs.follow(job, log) if follow else jobs.log_so_far(job, log):
         print(text, end="", flush=True)
+    if follow:
+        raise typer.Exit(jobs.exit_code(job))

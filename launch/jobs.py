@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lhcp.config import ConfigError, Section
+from lhcp.stop import EXIT_STOPPED
 
 JOBS_FOLDER = "jobs"
 """In an output folder; a folder in it for each submission, see lhcp.launch.prepare."""
@@ -19,6 +20,12 @@ _RECORDS = "jobs.jsonl"
 _CANCELLED = "cancelled"
 _FOLLOW_S = 1.0
 """Seconds between two looks at a log that is followed."""
+_PATIENCE, _PATIENCE_S = 30, 10.0
+"""How often, and after how many seconds, Slurm is asked again while a log is followed."""
+NO_SLURM = (
+    "Slurm's commands are not on PATH; submit on a machine that has them (a login node), or start the run without "
+    "Slurm: lhcp launch torchrun"
+)
 
 
 class Job(Section):
@@ -35,6 +42,10 @@ class Job(Section):
     elements: int | None = None
     """Of an array; None: it is none."""
 
+    def log_of(self, element: int) -> Path:
+        """The log of one element of an array."""
+        return self.log.with_name(re.sub(r"_0(_0_log)?\.out$", rf"_{element}\1.out", self.log.name))
+
 
 class JobState(Section):
     """What Slurm says of a job, or of one element of an array."""
@@ -43,7 +54,7 @@ class JobState(Section):
     state: str
     """Such as PENDING or RUNNING."""
     why: str
-    """Why it waits, or where it runs."""
+    """Why it waits, or where it runs; empty where Slurm does not say."""
 
 
 def remember(out: Path, jobs: Sequence[Job]) -> None:
@@ -77,20 +88,51 @@ def submitted(out: Path) -> list[Job]:
 
 
 def states(jobs: Sequence[Job]) -> list[JobState]:
-    """Of those that have not ended; none where Slurm does not answer."""
+    """Of those that have not ended.
+
+    Raises:
+        ConfigError: Slurm does not answer, or is not there.
+    """
     if not jobs:
         return []
     wanted = {job.job_id for job in jobs}
-    try:
-        listed = _slurm("squeue", "--noheader", "--format=%i|%F|%T|%R", "--me").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in listed:
+    for line in _slurm("squeue", "--noheader", "--array", "--format=%i|%F|%T|%R", "--me").splitlines():
         job_id, array_id, state, why = line.split("|", 3)
         if {job_id, array_id} & wanted:
-            found.append(JobState(job_id=job_id, state=state, why=why.strip("()")))
+            found.append(JobState(job_id=job_id, state=state, why="" if why == "(None)" else why.strip("()")))
     return found
+
+
+def exit_code(job: Job) -> int:
+    """Of a job that has just ended, as a shell has it; in an array the largest.
+
+    Raises:
+        ConfigError: Slurm knows it no more.
+    """
+    try:
+        shown = _slurm("scontrol", "--oneliner", "show", "job", job.job_id)
+    except ConfigError as error:
+        raise ConfigError(f"job {job.job_id} has ended, and Slurm does not know how ({error})") from None
+    pairs = [(int(code), int(number)) for code, number in re.findall(r"\bExitCode=(\d+):(\d+)", shown)]
+    cancelled = EXIT_STOPPED if "JobState=CANCELLED" in shown else 0
+    return max([code or (128 + number if number else 0) for code, number in pairs] + [cancelled])
+
+
+def check_known(job_id: str) -> None:
+    """Refuse the number of a job that Slurm does not know: a job behind it would start at once.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if not re.fullmatch(r"\d+(_\d+)?", job_id):
+        raise ConfigError(f"--after: given {job_id!r}, must be the number of a job")
+    try:
+        _slurm("scontrol", "show", "job", job_id)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--after {job_id}: Slurm does not know that job; if it ended long ago, leave --after out ({error})"
+        ) from None
 
 
 def cancel(out: Path, now: bool = False) -> list[JobState]:
@@ -114,14 +156,16 @@ def cancel(out: Path, now: bool = False) -> list[JobState]:
         file.writelines(f"{job.job_id}\n" for job in jobs)
     running = [] if now else [job.job_id for job in left if job.state == "RUNNING"]
     others = [job.job_id for job in left if job.job_id not in running]
-    try:
-        if others:
-            _slurm("scancel", *others)
-        if running:
-            _slurm("scancel", "--signal=USR1", *running)
-    except OSError as error:
-        raise ConfigError(str(error)) from None
+    if others:
+        _slurm("scancel", *others)
+    if running:
+        _slurm("scancel", "--signal=USR1", *running)
     return left
+
+
+def end(job_id: str) -> None:
+    """End one job at once."""
+    _slurm("scancel", job_id)
 
 
 def is_cancelled(out: Path) -> bool:
@@ -132,44 +176,55 @@ def is_cancelled(out: Path) -> bool:
     return not mine.isdisjoint(cancelled)
 
 
-def log_so_far(job: Job) -> Iterator[str]:
-    """What a job has written.
+def log_so_far(job: Job, log: Path) -> Iterator[str]:
+    """What a job has written to its log, or to that of an element.
 
     Raises:
         ConfigError: nothing yet.
     """
-    if not job.log.exists():
+    if not log.exists():
         left = states([job])
         waits = f"it is {left[0].state} ({left[0].why})" if left else "Slurm does not know it (any more)"
-        raise ConfigError(f"job {job.job_id} has no log yet: {waits}")
-    with job.log.open(encoding="utf-8", errors="replace") as file:
+        raise ConfigError(f"job {job.job_id} has no log {log} yet: {waits}")
+    with log.open(encoding="utf-8", errors="replace") as file:
         while text := file.read(65_536):
             yield text
 
 
-def follow(job: Job) -> Iterator[str]:
-    """The log of a job as it grows, until the job has ended; says what it waits for meanwhile.
+def follow(job: Job, log: Path) -> Iterator[str]:
+    """The log of a job, or of an element, as it grows, until the job has ended; says what it waits for meanwhile.
 
     Raises:
         ConfigError: it has ended without a log.
     """
     told = None
-    while not job.log.exists() and (left := states([job])):
+    while not log.exists() and (left := _patient_states(job)):
         state = f"job {left[0].job_id}: {left[0].state} ({left[0].why})"
         if state != told:
             print(state, file=sys.stderr)
         told = state
         time.sleep(_FOLLOW_S)
-    if not job.log.exists():
-        raise ConfigError(f"job {job.job_id} has ended and left no log at {job.log}")
-    with job.log.open(encoding="utf-8", errors="replace") as file:
+    if not log.exists():
+        raise ConfigError(f"job {job.job_id} has ended and left no log at {log}")
+    with log.open(encoding="utf-8", errors="replace") as file:
         ended = False
         while not ended:
-            ended = not states([job])  # asked before the last look, so that nothing is missed
+            ended = not _patient_states(job)  # asked before the last look, so that nothing is missed
             while text := file.read(65_536):
                 yield text
             if not ended:
                 time.sleep(_FOLLOW_S)
+
+
+def _patient_states(job: Job) -> list[JobState]:
+    """`states`, asked again for a while where Slurm does not answer: its controller may be starting."""
+    for _ in range(_PATIENCE):
+        try:
+            return states([job])
+        except ConfigError as error:
+            print(f"note: {error}", file=sys.stderr)
+            time.sleep(_PATIENCE_S)
+    return states([job])
 
 
 def submit_script(script: Path, flags: Sequence[str] = ()) -> str:
@@ -178,30 +233,38 @@ def submit_script(script: Path, flags: Sequence[str] = ()) -> str:
     Raises:
         ConfigError: Slurm refuses, or is not there.
     """
-    try:
-        answer = _slurm("sbatch", "--parsable", *flags, str(script))
-    except OSError as error:
-        raise ConfigError(str(error)) from None
+    answer = _slurm("sbatch", "--parsable", *flags, str(script))
     match = re.match(r"(\d+)", answer)
     if match is None:
         raise ConfigError(f"sbatch answered {answer!r}, which names no job")
     return match[1]
 
 
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Without the variables that change what Slurm's commands do, or are those of a job that this runs in."""
+    kept = dict(os.environ)
+    for name in kept:
+        if name.startswith(("SBATCH_", "SQUEUE_", "SCANCEL_", "SLURM_")) and name != "SLURM_CONF":
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
 def _slurm(*command: str) -> str:
     """Run one of Slurm's commands; what it prints.
 
     Raises:
-        OSError: it is not there, or it failed; with what it said.
+        ConfigError: it is not there, or it failed; with what it said.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SBATCH_", "SQUEUE_"))}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        with own_environment():
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise OSError(f"{command[0]}: not found; submit on a machine that has Slurm's commands") from None
+        raise ConfigError(NO_SLURM) from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        with suppress(IndexError):
-            raise OSError(said[-1] if len(said) == 1 else "\n".join(said))
-        raise OSError(f"{command[0]} failed with exit code {done.returncode}")
+        said = "\n".join(line for line in done.stderr.splitlines() if line.strip())
+        raise ConfigError(said or f"{command[0]} failed with exit code {done.returncode}")
     return done.stdout

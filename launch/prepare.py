@@ -14,12 +14,15 @@ Where a run is trained OUT is its run folder; the runs of a grid are folders in 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lhcp import config_file
+from lhcp.checkpoint.folder import published
 from lhcp.checks import check_files, holds_run
 from lhcp.config import ConfigError, RunConfig
 from lhcp.config_file import CONFIG_FILE
@@ -32,6 +35,11 @@ from lhcp.launch.snapshot import BENCHMARKS, CODE_FOLDER, copy_code
 SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
 """Seconds that a job must have at least to train in."""
+# Of the lines themselves, not of what a file that they source does in passing.
+_SETUP_FAILS = (
+    """trap '[ ${#BASH_SOURCE[@]} -gt 1 ] || { echo "error: setup of the site file failed: $BASH_COMMAND" >&2; """
+    """exit 1; }' ERR"""
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,8 @@ class Request:
     site: Site = field(default_factory=Site)
     resume: bool = False
     """Whether there may be a run in `out` already, to go on with."""
+    allowed: Sequence[str] = ()
+    """Keys that may differ from that run's; see --allow-change of `lhcp train`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,9 @@ class Prepared:
         shutil.rmtree(self.folder)
         if not (self.out / CONFIG_FILE).exists() and numbers(self.out) == []:
             shutil.rmtree(self.out / CODE_FOLDER)
+        with suppress(OSError):  # they hold something else
+            self.folder.parent.rmdir()
+            self.out.rmdir()
 
 
 def prepare(request: Request) -> Prepared:
@@ -109,7 +122,7 @@ def prepare(request: Request) -> Prepared:
     configs = _configs(template, request)
     for name, config in configs.items():
         try:
-            _check(template, _resolve(config, options), options, request.resume)
+            _check(template, _resolve(config, options), options, request)
         except ConfigError as error:
             where = f"{name}: " if len(configs) > 1 else ""
             raise ConfigError(f"{where}{error}") from None
@@ -131,7 +144,7 @@ def prepare(request: Request) -> Prepared:
         out=out,
         folder=folder,
         options=options,
-        text=template.render(options, _prelude(out, folder, gpus, request.site, paths)),
+        text=template.render(options, _prelude(out, folder, gpus, request, paths)),
         files=files,
         elements=len(configs) if template.needs == "grid" else None,
     )
@@ -151,6 +164,8 @@ def _placed(options: Options, site: Site, gpus: int, folder: Path) -> Options:
     """With the job's folder in them, and the GPUs of each node as the site asks for them."""
     option, value = site.gpu_option(gpus)
     if others := options.get(option) if option != "gpus-per-node" else None:
+        if option == "gres" and re.search(r"(^|,)(gres/)?gpu\b", others):
+            raise ConfigError(f"gres={others}: GPUs are asked for by --gpus-per-node, and by `gpus` of the site file")
         value = f"{value},{others}"  # --gres=gpu:8,nvme:1
     log = folder / ("slurm-%A_%a.out" if "array" in options else "slurm-%j.out")
     placed: Options = {"job-name": folder.parents[1].name}
@@ -229,21 +244,21 @@ def _resolve(config: RunConfig, options: Options) -> RunConfig:
     """The configuration for all processes of the job."""
     nodes, gpus = _count(options, "nodes"), _count(options, "gpus-per-node")
     try:
-        config.parallel.resolve(nodes * gpus)
+        return config.resolve(nodes * gpus)
     except ConfigError as error:
         raise ConfigError(f"{nodes} node(s) with {gpus} GPU(s) each: {error}") from None
-    return config.resolve(nodes * gpus)
 
 
-def _check(template: Script, config: RunConfig, options: Options, resume: bool) -> None:
+def _check(template: Script, config: RunConfig, options: Options, request: Request) -> None:
     """What can be wrong with a configuration in this job; it is resolved."""
     if not template.trains:
         return
-    if holds_run(config.output_dir) and not resume:
+    if holds_run(config.output_dir) and not request.resume:
         raise ConfigError(
             f"output_dir {config.output_dir} already holds a run; go on with it by --resume, or choose another folder"
         )
-    check_files(config, "last" if resume else None)
+    refuse_finished(config)
+    check_files(config, "last" if request.resume else None, request.allowed)
     given = options.get("signal")
     signal, _, ahead = (given or "").partition("@")
     if signal not in ("USR1", "TERM") or not ahead.isdecimal():
@@ -263,6 +278,19 @@ def _check(template: Script, config: RunConfig, options: Options, resume: bool) 
         )
 
 
+def refuse_finished(config: RunConfig) -> None:
+    """Refuse a run that has nothing left to do.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if config.total_steps in published(config.output_dir):
+        raise ConfigError(
+            f"the run in {config.output_dir} is finished: {config.total_steps} steps; to go on, lengthen a stage in "
+            f"its {CONFIG_FILE} and submit that with --resume"
+        )
+
+
 def _next_number(out: Path, resume: bool) -> int:
     taken = numbers(out)
     if taken and not resume:
@@ -273,20 +301,26 @@ def _next_number(out: Path, resume: bool) -> int:
     return max(taken, default=0) + 1
 
 
-def _prelude(out: Path, folder: Path, gpus: int, site: Site, paths: Sequence[Path]) -> str:
+def _prelude(out: Path, folder: Path, gpus: int, request: Request, paths: Sequence[Path]) -> str:
     """Shell lines: this job's folders, then this site's settings."""
+    site = request.site
     srun, python = site.command(list(paths))
+    allowed = [word for key in request.allowed for word in ("--allow-change", key)]
     lines = [
         "# This job.",
         f"export LHCP_OUT={shell_quote(str(out))}",
         f"export LHCP_JOB={shell_quote(str(folder))}",
         f"LHCP_GPUS={gpus}  # processes on each node",
         "# This site.",
-        *site.setup,
+        *([_SETUP_FAILS, *site.setup, "trap - ERR"] if site.setup else []),
         *site.exports(),
         "# shellcheck disable=SC2034  # used by what is sourced below",
-        f"LHCP_SRUN=({' '.join(map(shell_quote, srun))}) LHCP_PYTHON=({' '.join(map(shell_quote, python))})",
+        f"LHCP_SRUN=({_words(srun)}) LHCP_PYTHON=({_words(python)}) LHCP_TRAIN=({_words(allowed)})",
         "# The code of this folder, before any other.",
         f"export PYTHONPATH=$LHCP_OUT/{CODE_FOLDER}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _words(words: Sequence[str]) -> str:
+    return " ".join(map(shell_quote, words))

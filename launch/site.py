@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from lhcp import config_file
-from lhcp.config import ConfigError, Section
+from lhcp.config import ConfigError, Section, written_out
 from lhcp.config.validation import validate
 
 SITE_VARIABLE = "LHCP_SITE"
@@ -34,6 +34,7 @@ def _text(value: object) -> object:
 
 
 Line = Annotated[str, BeforeValidator(_text), AfterValidator(_one_line)]
+Written = Annotated[Line, AfterValidator(written_out)]
 
 
 class Container(Section):
@@ -41,8 +42,8 @@ class Container(Section):
 
     runtime: Literal["pyxis", "apptainer"]
     """`pyxis`: srun's --container-image; `apptainer`: apptainer exec."""
-    image: Line
-    mounts: list[Line] = Field(default_factory=list)
+    image: Written
+    mounts: list[Written] = Field(default_factory=list)
     """HOST:INSIDE[:MODE]; the run folder and the data are mounted in any case, where they are."""
 
 
@@ -62,15 +63,16 @@ class Site(Section):
     sbatch: dict[Line, Line | None] = Field(default_factory=dict)
     """Any other options of sbatch, by long name without dashes; null: a flag without a value."""
     setup: list[Line] = Field(default_factory=list)
-    """Shell lines that make Python and CUDA available: modules, a virtual environment."""
-    python: Line | None = None
+    """Shell lines that make Python and CUDA available: modules, a virtual environment. One that fails ends the job."""
+    python: Written | None = None
     """The Python that trains: a path, or a name found on PATH after `setup`. None: the one that submits; in a
     container, python3."""
     container: Container | None = None
     network_interface: Line | None = None
     """For NCCL's and gloo's sockets, such as ib0 or =bond0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)."""
     env: dict[Line, Annotated[str, BeforeValidator(_text)]] = Field(default_factory=dict)
-    """Environment variables of jobs; they go before the defaults of slurm/lib/environment.sh."""
+    """Environment variables of jobs, as they stand here; they go before the defaults of slurm/lib/environment.sh. What
+    is made of other variables is a line of `setup`: export A=$B/c."""
 
     @field_validator("gpus")
     @classmethod
@@ -95,7 +97,7 @@ class Site(Section):
             if not _NAME.fullmatch(name):
                 raise ValueError(f"given {name!r}, must be the name of an environment variable")
             if text:
-                _one_line(text)
+                written_out(_one_line(text))
         return value
 
     def options(self) -> dict[str, str | None]:

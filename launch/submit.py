@@ -13,18 +13,23 @@ follows, and gives the result, and its own reaction to signals is not needed.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lhcp import config_file
 from lhcp.config import ConfigError
+from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import jobs
 from lhcp.launch.jobs import Job
-from lhcp.launch.prepare import SCRIPT_FILE, Prepared, Request, prepare
+from lhcp.launch.prepare import SCRIPT_FILE, Prepared, Request, prepare, refuse_finished
 from lhcp.launch.site import Site, load_site
 from lhcp.launch.snapshot import CODE_FOLDER
 from lhcp.launch.verdict import forgive
@@ -43,13 +48,15 @@ def job(
     options: Mapping[str, str | None] | None = None,
     site: Site | None = None,
     resume: bool = False,
+    allowed: Sequence[str] = (),
     after: str | None = None,
     chain: int = 1,
 ) -> list[submitit.Job[int]]:
     """Submit by submitit; see `lhcp.launch.prepare.Request` for what is asked for, and `by_submitit`.
 
     Args:
-        config, template, out, overrides, options, resume: see `Request`.
+        config, template, out, overrides, options, resume, allowed: see `Request`. Options of sbatch are text, by
+            their long names: {"nodes": "2", "gpus-per-node": "8", "time": "12:00:00"}.
         site: None: the site file that is found, see `lhcp.launch.site.load_site`.
         after, chain: see `by_submitit`.
 
@@ -64,6 +71,7 @@ def job(
         options=options or {},
         site=load_site() if site is None else site,
         resume=resume,
+        allowed=allowed,
     )
     return by_submitit(prepare(request), after, chain)
 
@@ -73,7 +81,7 @@ def by_sbatch(prepared: Prepared, after: str | None = None, chain: int = 1) -> l
 
     Args:
         prepared: the job.
-        after: number of a job that must succeed before.
+        after: number of a job that must succeed before; if it is of the same folder, that must have ended.
         chain: so many jobs, one after the other, each of which goes on where the one before ended.
 
     Raises:
@@ -84,8 +92,7 @@ def by_sbatch(prepared: Prepared, after: str | None = None, chain: int = 1) -> l
     try:
         return _sbatch(prepared.out, prepared.folder, prepared.name, prepared.elements, after, chain)
     except ConfigError:
-        if prepared.folder not in [job.folder for job in jobs.submitted(prepared.out)]:
-            prepared.discard()
+        _discard_unless_submitted(prepared)
         raise
 
 
@@ -96,6 +103,21 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
         ConfigError: nothing was, or the folder was moved since; or Slurm refuses.
     """
     out = out.absolute()
+    script_again(out)
+    folder = jobs.newest_folder(out)
+    _refuse_beside(out, after)
+    if (folder / CONFIG_FILE).exists():
+        refuse_finished(config_file.load(folder / CONFIG_FILE))
+    last = jobs.submitted(out)[-1]
+    return _sbatch(out, folder, last.name, last.elements, after, chain)
+
+
+def script_again(out: Path) -> str:
+    """What `again` would submit.
+
+    Raises:
+        ConfigError: as `again`.
+    """
     folder = jobs.newest_folder(out)
     text = (folder / SCRIPT_FILE).read_text(encoding="utf-8")
     if shlex.quote(str(folder)) not in text:
@@ -103,13 +125,11 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
             f"{out} was moved since it was submitted; submit it anew with {folder / 'config.yaml'} --resume --set "
             f"output_dir={out}"
         )
-    _refuse_beside(out, after)
-    last = jobs.submitted(out)[-1]
-    return _sbatch(out, folder, last.name, last.elements, after, chain)
+    return text
 
 
 def _sbatch(out: Path, folder: Path, name: str, elements: int | None, after: str | None, chain: int) -> list[Job]:
-    flags = [f"--{key}={value}" for key, value in _order(out, name, after, chain).items()]
+    flags = [f"--{key}={value}" for key, value in _order(out, folder, name, after, chain).items()]
     done: list[Job] = []
     for _ in range(chain):
         number = jobs.submit_script(folder / SCRIPT_FILE, flags)
@@ -133,12 +153,14 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
     import submitit
     from submitit.core.utils import FailedJobError
 
+    if shutil.which("sbatch") is None:
+        raise ConfigError(jobs.NO_SLURM)
     _refuse_beside(prepared.out, after)
     prepared.write()
-    order = _order(prepared.out, prepared.name, after, chain)
     own = {key: value for key, value in prepared.options.items() if key not in ("output", "array")}
     done: list[submitit.Job[int]] = []
     try:
+        order = _order(prepared.out, prepared.folder, prepared.name, after, chain)
         executor = submitit.SlurmExecutor(prepared.folder)
         executor.update_parameters(
             setup=[f"export PYTHONPATH={shlex.quote(str(prepared.out / CODE_FOLDER))}${{PYTHONPATH:+:$PYTHONPATH}}"],
@@ -151,18 +173,22 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
             use_srun=False,  # the script starts its own steps
         )
         forgive(prepared.out)
-        for _ in range(chain):
-            done += executor.map_array(run_script, [prepared.script] * (prepared.elements or 1))
-    except (RuntimeError, FailedJobError) as error:
-        if not done:
-            prepared.discard()
-        raise ConfigError(f"not submitted: {error}") from None
-    for one in done[:: prepared.elements or 1]:
-        _remember(
-            prepared.out, prepared.folder, one.job_id.partition("_")[0], prepared.name, one.paths.stdout,
-            prepared.elements,
-        )  # fmt: skip
+        with jobs.own_environment():
+            for _ in range(chain):
+                links = executor.map_array(run_script, [prepared.script] * (prepared.elements or 1))
+                number = links[0].job_id.partition("_")[0]
+                log = links[0].paths.stdout
+                _remember(prepared.out, prepared.folder, number, prepared.name, log, prepared.elements)
+                done += links
+    except (RuntimeError, FailedJobError, ConfigError) as error:
+        _discard_unless_submitted(prepared)
+        raise error if isinstance(error, ConfigError) else ConfigError(f"not submitted: {error}") from None
     return done
+
+
+def _discard_unless_submitted(prepared: Prepared) -> None:
+    if prepared.folder not in [job.folder for job in jobs.submitted(prepared.out)]:
+        prepared.discard()
 
 
 def run_script(path: Path) -> int:
@@ -176,30 +202,40 @@ def run_script(path: Path) -> int:
     if code in (EXIT_STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM):
         raise SystemExit(code)
     if code:
+        # The script has said why; what submitit and Python would say after that hides it.
+        logging.getLogger("submitit").setLevel(logging.CRITICAL)
+        sys.excepthook = lambda *_: None
         raise subprocess.CalledProcessError(code, str(path))
     return code
 
 
-def _order(out: Path, name: str, after: str | None, chain: int) -> dict[str, str]:
-    """Options that put a job behind others."""
+def _order(out: Path, folder: Path, name: str, after: str | None, chain: int) -> dict[str, str]:
+    """Options that put the job of a folder behind others."""
     if chain < 1:
         raise ConfigError(f"chain: given {chain}, must be at least 1")
-    dependencies = [f"afterok:{after}"] if after else []
+    own = after in [job.job_id for job in jobs.submitted(out)]
+    # One of the same run that was told to end has saved and says that it has not succeeded.
+    dependencies = [f"{'afterany' if own else 'afterok'}:{after}"] if after else []
     order = {"job-name": name}
     if chain > 1:
         # Of jobs of one name and user, one runs at a time: the name must be this run's alone.
         order["job-name"] = f"{name}-{hashlib.sha256(str(out).encode()).hexdigest()[:6]}"
         dependencies.append("singleton")
     if dependencies:
+        if "\n#SBATCH --dependency=" in (folder / SCRIPT_FILE).read_text(encoding="utf-8"):
+            raise ConfigError("--sbatch dependency: leave it out, or --after and --chain, which set it, too")
         order |= {"dependency": ",".join(dependencies), "kill-on-invalid-dep": "yes"}
     return order
 
 
 def _refuse_beside(out: Path, after: str | None) -> None:
     """Two jobs of one run at a time would only be in each other's way."""
-    left = [] if after else jobs.states(jobs.submitted(out))
-    if left:
-        number = left[0].job_id.partition("_")[0]
+    if after is not None:
+        jobs.check_known(after)
+    submitted = jobs.submitted(out)
+    left = jobs.states(submitted)
+    if left and after != submitted[-1].job_id:
+        number = submitted[-1].job_id
         raise ConfigError(
             f"job {left[0].job_id} of {out} is {left[0].state.lower()} still; submit this one behind it with --after "
             f"{number}, or end it first: lhcp cancel {out}"
@@ -209,5 +245,9 @@ def _refuse_beside(out: Path, after: str | None) -> None:
 def _remember(out: Path, folder: Path, number: str, name: str, log: Path, elements: int | None) -> Job:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     submitted = Job(job_id=number, name=name, folder=folder, log=log, submitted=now, elements=elements)
-    jobs.remember(out, [submitted])
+    try:
+        jobs.remember(out, [submitted])
+    except OSError as error:  # nobody would know of it
+        jobs.end(number)
+        raise ConfigError(f"job {number} is taken back, since {out} cannot be written: {error}") from None
     return submitted

@@ -7,7 +7,7 @@ requeue     later, perhaps on other nodes
 end CODE    no more; the reason is on stderr
 
 A failure is tried again in place once and requeued from the second time on. Failures in a row after which no further
-checkpoint was published make a crash loop, which ends at `checkpoint.max_failures`.
+checkpoint was published make a crash loop, which ends at `checkpoint.max_failures`; so do stops without a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +27,16 @@ from lhcp import config_file
 from lhcp.checkpoint.folder import published
 from lhcp.config import RunConfig
 from lhcp.launch.jobs import is_cancelled
+from lhcp.lock import holder
 from lhcp.metrics import JsonLines
 from lhcp.progress import read_steps
-from lhcp.stop import EXIT_FORCED, EXIT_STOPPED
+from lhcp.stop import EXIT_FORCED, EXIT_REFUSED, EXIT_STOPPED
 
 FAILURES_FILE = "failures.jsonl"
 """In a run folder: one object a failure, or `{"submitted": TIME}` where somebody started the run again."""
-EXIT_REFUSED = 2
-"""Something that the user can correct: starting again would not."""
+_LOCK_S, _LOOK_S = 180.0, 2.0
+_EARLY = 128 + signal.SIGUSR1
+"""A process that was told to stop before it had begun to listen."""
 
 
 def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, str]) -> str:
@@ -47,18 +51,16 @@ def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, st
     run_dir = config.output_dir
     if outcome == "start":
         return _before(config, out)
-    code = int(outcome)
+    code = EXIT_STOPPED if int(outcome) == _EARLY else int(outcome)
     if code in (0, EXIT_REFUSED) or is_cancelled(out):
         return f"end {code}"
-    if code == EXIT_STOPPED:
-        return "requeue"
     failure = {"time": _now(), "code": code, "step": _reached(run_dir), "saved": _saved(run_dir), **job}
     record(run_dir, failure)
     failures = in_a_row(run_dir)
     if len(failures) >= config.checkpoint.max_failures:
         _tell(crash_loop(config, out, failures))
         return "end 1"
-    return "run" if len(failures) == 1 and code != EXIT_FORCED else "requeue"
+    return "run" if len(failures) == 1 and code not in (EXIT_STOPPED, EXIT_FORCED) else "requeue"
 
 
 def _before(config: RunConfig, out: Path) -> str:
@@ -72,7 +74,19 @@ def _before(config: RunConfig, out: Path) -> str:
     if len(failures) >= config.checkpoint.max_failures:
         _tell(crash_loop(config, out, failures))
         return "end 1"
+    _wait_while_locked(run_dir)
     return "run"
+
+
+def _wait_while_locked(run_dir: Path) -> None:
+    """File systems let go of the lock of a node that died only after a while."""
+    deadline = time.monotonic() + _LOCK_S
+    told = None
+    while (held := holder(run_dir)) and time.monotonic() < deadline:
+        if told is None:
+            _tell(f"note: {run_dir} is in use by {held}; waiting up to {_LOCK_S:g} s for it to end")
+        told = held
+        time.sleep(_LOOK_S)
 
 
 def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any]]) -> str:
@@ -81,6 +95,12 @@ def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any
     where = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
     codes = ", ".join(str(failure["code"]) for failure in failures)
     run_dir = config.output_dir
+    if all(failure["code"] == EXIT_STOPPED for failure in failures):
+        return (
+            f"error: told to stop {len(failures)} times in a row before there was a new checkpoint: not started again\n"
+            "       is the time limit too short for the start, or SIGUSR1 too early? with more time, go on by\n"
+            "       lhcp submit CONFIG --resume --time ..."
+        )
     return (
         f"error: {where} of {config.total_steps} failed {len(failures)} times in a row, with no new checkpoint between "
         f"(exit codes {codes}): not started again\n"
@@ -90,10 +110,14 @@ def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any
 
 
 def in_a_row(run_dir: Path) -> list[dict[str, Any]]:
-    """The last failures, since a checkpoint was published or somebody started the run again."""
+    """The last failures, since a checkpoint was published or somebody started the run again.
+
+    Being told to stop is no failure if a checkpoint came of it.
+    """
     path = run_dir / FAILURES_FILE
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     row: list[dict[str, Any]] = []
+    saved = 0
     for line in lines:
         try:
             failure = json.loads(line)
@@ -101,11 +125,13 @@ def in_a_row(run_dir: Path) -> list[dict[str, Any]]:
             continue
         if "submitted" in failure:
             row = []
-        elif row and failure["saved"] > row[-1]["saved"]:
-            row = [failure]
-        else:
+            continue
+        if failure["saved"] > saved:
+            row = []
+        if failure["code"] != EXIT_STOPPED or failure["saved"] <= saved:
             row.append(failure)
-    return row if not row or _saved(run_dir) <= row[-1]["saved"] else []
+        saved = failure["saved"]
+    return row if _saved(run_dir) <= saved else []
 
 
 def forgive(out: Path) -> None:

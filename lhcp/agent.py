@@ -12,39 +12,31 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from torch.distributed import run
 from torch.distributed.elastic.agent.server import api as server
 from torch.distributed.elastic.multiprocessing import api
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError, dynamic_rendezvous
 
-from lhcp.stop import EXIT_FORCED, EXIT_HUNG, EXIT_STOPPED, SIGNALS
+from lhcp.launch.jobs import is_cancelled
+from lhcp.stop import EXIT_FORCED, EXIT_HUNG, EXIT_REFUSED, EXIT_STOPPED, SIGNALS
 
 # Exit codes of ranks that have said why.
-TOLD = (1, 2, EXIT_STOPPED, EXIT_FORCED, EXIT_HUNG)
+TOLD = (1, EXIT_REFUSED, EXIT_STOPPED, EXIT_FORCED, EXIT_HUNG)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run until all ranks have ended: 0, or the code of the first that failed; 128 + n for signal n."""
-    told: set[int] = set()
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        told.add(number)
-        children = _children()
-        for child in children:
-            with suppress(ProcessLookupError):
-                os.kill(child, number)
-        if not children:
-            sys.exit(EXIT_STOPPED)
-
-    for number in SIGNALS:
-        signal.signal(number, pass_on)
+    told = _pass_on_signals()
+    out = os.environ.get("LHCP_OUT")  # of a job
+    if out and is_cancelled(Path(out)):  # when there was nothing yet that could have been told
+        return EXIT_STOPPED
     # Of ranks that are left when this ends, by Ctrl-C or with the first node's torchrun: none of them can save then.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
     # They say of each rank that ended what is said better below.
@@ -53,21 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run.run(run.get_args_parser().parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        if -code in told:  # a rank that could not note it yet
-            print(f"stopped by {signal.Signals(-code).name}; go on by --resume last", file=sys.stderr)
-            return EXIT_STOPPED
-        if -code == signal.SIGALRM:  # see lhcp.watchdog
-            print(f"error: no progress: rank {rank} could not run Python for hang_timeout_s", file=sys.stderr)
-            print("       its stacks are at the end of its log in logs/ of the run folder", file=sys.stderr)
-            print("       go on by --resume last; if nothing hangs, raise hang_timeout_s", file=sys.stderr)
-            return EXIT_HUNG
-        if code not in TOLD:
-            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
-            print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
-            print("       go on by --resume last; logs are in the run folder", file=sys.stderr)
-        return code if code >= 0 else 128 - code
+        code = _code(*error.get_first_failure(), told)
+        # One that fails when it was told to stop is not to be tried again in the time that is left.
+        return EXIT_FORCED if told and code not in (EXIT_REFUSED, EXIT_STOPPED) else code
     except RendezvousError:  # the store is the first node's torchrun
         print("error: the torchrun of the first node has ended, so this one does; see its messages", file=sys.stderr)
         return 1
@@ -77,10 +57,57 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _code(rank: int, failure: ProcessFailure, told: Collection[int]) -> int:
+    """The exit code that a rank's end makes, which is explained where the rank could not."""
+    code: int = failure.exitcode
+    if -code in told:  # it could not note it yet
+        print(f"stopped by {signal.Signals(-code).name}; go on by --resume last", file=sys.stderr)
+        return EXIT_STOPPED
+    if -code == signal.SIGALRM:  # see lhcp.watchdog
+        print(f"error: no progress: rank {rank} could not run Python for hang_timeout_s", file=sys.stderr)
+        print("       its stacks are at the end of its log in logs/ of the run folder", file=sys.stderr)
+        print("       go on by --resume last; if nothing hangs, raise hang_timeout_s", file=sys.stderr)
+        return EXIT_HUNG
+    if code not in TOLD:
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
+        print("       go on by --resume last; logs are in the run folder", file=sys.stderr)
+    return code if code >= 0 else 128 - code
+
+
+def _pass_on_signals() -> set[int]:
+    """From now on pass `SIGNALS` to the ranks, or end where there is none yet; those that came, as they come."""
+    told: set[int] = set()
+    receiving, sending = os.pipe()
+    os.set_blocking(sending, False)
+
+    def watch() -> None:
+        # The interpreter's C handler writes the number, also while the main thread waits in C for the other nodes.
+        while number := os.read(receiving, 1):
+            if number[0] not in SIGNALS:
+                continue
+            told.add(number[0])
+            children = _children()
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, number[0])
+            if not children:
+                os._exit(EXIT_STOPPED)
+
+    signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    return told
+
+
 def _children() -> list[int]:
     """Processes that this one has started."""
-    threads = Path("/proc/self/task").iterdir()
-    return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found += [int(pid) for pid in (thread / "children").read_text().split()]
+    return found
 
 
 if __name__ == "__main__":

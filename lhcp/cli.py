@@ -88,12 +88,15 @@ def train(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="A run folder: the output_dir of a run.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, the output_dir of a run; or one that jobs write to.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say how far a run is: its step, loss, speed, time left and last checkpoint."""
-    from lhcp.status import read_status, show
+    from lhcp.status import holds_other_jobs, read_status, show, show_elements
 
+    if not as_json and holds_other_jobs(run):
+        show_elements(run, time.time())
+        return
     found = read_status(run, time.time())
     if as_json:
         print(found.model_dump_json(indent=2))

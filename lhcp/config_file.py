@@ -16,7 +16,7 @@ import yaml
 
 from lhcp.checkpoint.folder import published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
-from lhcp.config import ConfigError, ModelConfig, RunConfig
+from lhcp.config import ConfigError, ModelConfig, RunConfig, written_out
 from lhcp.config.validation import annotation_at, sections, shown, validate
 from lhcp.presets import MODEL_PRESETS
 
@@ -66,7 +66,7 @@ def dump(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key given twice in a mapping is an error instead of the last one winning."""
+    """The safe loader, but a key given twice is an error instead of the last one winning, and 12:00:00 is text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -78,6 +78,16 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return node
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def _parse(text: str, name: str) -> Any:
@@ -176,7 +186,10 @@ def _expand_init_from(data: dict[Any, Any]) -> ModelConfig | None:
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_from"), str):  # validation says what is wrong
         return None
-    folder = Path(model["init_from"])
+    try:
+        folder = written_out(Path(model["init_from"]))
+    except ValueError:  # validation says what is wrong
+        return None
     try:
         start = Checkpoint.open(folder).manifest.model
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +21,7 @@ from lhcp.config import ConfigError, RunConfig, Section, StageMode
 from lhcp.config_file import CONFIG_FILE
 from lhcp.flops import step_flops
 from lhcp.launch.jobs import JobState, newest_folder, states, submitted
+from lhcp.launch.verdict import in_a_row
 from lhcp.lock import holder
 from lhcp.metrics import HELD_OUT, read_events
 from lhcp.progress import Record, read_starts, read_steps
@@ -89,8 +91,14 @@ class RunStatus(Section):
     """Steps that were not finite and left the weights alone."""
     held_out: dict[str, HeldOutStatus]
     """By name of the event, in the order of the run's first evaluation."""
-    jobs: list[JobState]
-    """Slurm jobs of this run that wait or run; empty also where Slurm does not answer."""
+    jobs: list[JobState] | None
+    """Slurm jobs of this run that wait or run; None where Slurm does not answer."""
+    submitted: int
+    """Slurm jobs of this run so far."""
+    failures: int
+    """In a row without a new checkpoint, of jobs."""
+    last_failure: str | None
+    """When and how the last of these ended."""
 
 
 def read_status(run_dir: Path, now: float) -> RunStatus:
@@ -106,7 +114,10 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
     losses = [record["loss"] for record in steps if record["loss"] is not None]
     checkpoint, damaged = _last_checkpoint(run_dir, now)
     saved = checkpoint is not None and checkpoint.step >= config.total_steps
-    state: State = "running" if holder(run_dir) else "stopped" if steps else "waiting to start"
+    jobs = job_states(run_dir)
+    begun = bool(steps) or (jobs == [] and bool(submitted(run_dir)))
+    state: State = "running" if holder(run_dir) else "stopped" if begun else "waiting to start"
+    failures = in_a_row(run_dir)
     return RunStatus(
         run_dir=run_dir,
         state="finished" if done >= config.total_steps and saved else state,
@@ -127,8 +138,24 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
         restarts=max(0, len(read_starts(run_dir)) - 1),
         skipped_steps=sum(None in (record["loss"], record["grad_norm"]) for record in steps),
         held_out=_held_out(run_dir, done),
-        jobs=states(submitted(run_dir)),
+        jobs=jobs,
+        submitted=len(submitted(run_dir)),
+        failures=len(failures),
+        last_failure=_failure(failures[-1]) if failures else None,
     )
+
+
+def job_states(out: Path) -> list[JobState] | None:
+    """Of the Slurm jobs of a folder that have not ended; None where Slurm does not answer."""
+    try:
+        return states(submitted(out))
+    except ConfigError:
+        return None
+
+
+def _failure(record: Record) -> str:
+    job = f" in job {record['slurm_job_id']}" if "slurm_job_id" in record else ""
+    return f"step {record['step'] + 1} ended with exit code {record['code']}{job}, {record['time']}"
 
 
 def show(status: RunStatus) -> None:
@@ -164,8 +191,48 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str, str]]:
         kind = name.removeprefix(HELD_OUT).strip("_").replace("_", " ") or "dense"
         loss = "not finite" if held_out.loss is None else f"{held_out.loss:.4f}"
         yield "" if number else "held out", f"{loss} after step {held_out.step:,} ({kind})", ""
-    for number, job in enumerate(status.jobs):
-        yield "" if number else "jobs", f"{job.job_id} {job.state.lower()} ({job.why})", ""
+    if status.failures:
+        yield "failures", f"{status.failures} in a row; the last: {status.last_failure}", "bold red"
+    if status.submitted:
+        if status.jobs is None:
+            yield "jobs", "Slurm does not answer here", "yellow"
+        elif not status.jobs:
+            yield "jobs", f"none waits or runs; how the last one ended: lhcp logs {status.run_dir}", ""
+        for number, job in enumerate(status.jobs or ()):
+            yield "" if number else "jobs", f"{job.job_id} {_in_words(job)}", ""
+
+
+def _in_words(job: JobState) -> str:
+    return job.state.lower() + (f" ({job.why})" if job.why else "")
+
+
+def holds_other_jobs(out: Path) -> bool:
+    """Whether jobs of another kind than a run's write to this folder: an array's, or measurements."""
+    begun = (out / CONFIG_FILE).exists() or not submitted(out)
+    return not begun and not (newest_folder(out) / CONFIG_FILE).exists()
+
+
+def show_elements(out: Path, now: float) -> None:
+    """Print a line for each job, or for each element of the last array, of a folder that is no run's itself.
+
+    Raises:
+        ConfigError: nothing was submitted from there.
+    """
+    folder, last = newest_folder(out), submitted(out)[-1]
+    left = {job.job_id: job for job in states(submitted(out))}
+    console = Console(highlight=False)
+    if last.elements is None:
+        console.print(f"{out}: job {last.job_id}: {_in_words(left[last.job_id]) if last.job_id in left else 'ended'}")
+        return
+    names = (folder / "elements.txt").read_text(encoding="utf-8").splitlines()
+    console.print(f"{out}: job {last.job_id}, an array of {last.elements}")
+    for number, name in enumerate(names):
+        job = left.get(f"{last.job_id}_{number}")
+        state = _in_words(job) if job else f"ended; its log: lhcp logs {out} --element {number}"
+        with suppress(ConfigError):  # not a run, or not begun
+            run = read_status(out / name, now)
+            state = f"{run.state}, step {run.step:,} of {run.total_steps:,}; {state}"
+        console.print(f"  {number:>3}  {name:<{max(map(len, names))}}  {state}", soft_wrap=True)
 
 
 def _read_config(run_dir: Path) -> RunConfig:

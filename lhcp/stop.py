@@ -20,6 +20,8 @@ EXIT_FORCED = 76
 """Exit code of a rank that had not saved when its time was up."""
 EXIT_HUNG = 77
 """Exit code of the ranks of a run that has made no progress for `hang_timeout_s`; see `lhcp.watchdog`."""
+EXIT_REFUSED = 2
+"""Exit code of what the user can correct, such as a wrong value: starting again would not help."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -35,7 +35,7 @@ from lhcp.metrics import MetricsLogger, warn
 from lhcp.parallelize import Mesh
 from lhcp.plot import plot_loss
 from lhcp.run import SaveError, run
-from lhcp.stop import EXIT_STOPPED, stop_on_signal
+from lhcp.stop import EXIT_REFUSED, EXIT_STOPPED, stop_on_signal
 from lhcp.trainer import Trainer
 from lhcp.watchdog import collective_timeout, watch
 
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(error)
         else:
             time.sleep(2)  # torchrun ends every rank when one has ended: let rank 0 speak first
-        return 2
+        return EXIT_REFUSED
 
     try:
         return train(config, env, device, args.resume, args.allowed)
     except ConfigError as error:
         if rank == 0 or not isinstance(error, SharedError):
             tell(error)
-        return 2
+        return EXIT_REFUSED
     except (FloatingPointError, SaveError) as error:
         if rank == 0:
             tell(error)

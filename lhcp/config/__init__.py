@@ -22,11 +22,11 @@ from lhcp.config.run import (
     StageConfig,
     StageMode,
 )
-from lhcp.config.section import ConfigError, PositiveInt, Section
+from lhcp.config.section import ConfigError, PositiveInt, Section, written_out
 
 __all__ = [
     "BlockBackendName", "CheckpointConfig", "ConfigError", "DataConfig", "EvalConfig", "EvalMode", "ExchangeName",
     "LighthouseConfig", "LinearRopeScaling", "Llama3RopeScaling", "MemoryConfig", "ModelConfig", "OptimConfig",
     "ParallelConfig", "PositiveInt", "RecomputeMode", "RopeScaling", "RunConfig", "Section", "Sharding", "StageConfig",
-    "StageMode", "legal_num_strata",
+    "StageMode", "legal_num_strata", "written_out",
 ]  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lhcp.config.section import PositiveInt, Section
+from lhcp.config.section import PositiveInt, Section, WrittenPath
 
 
 class LinearRopeScaling(Section):
@@ -62,7 +61,7 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     tie_embeddings: Annotated[bool, Field(strict=True)] = False
     """The output weight is the embedding."""
-    init_from: Path | None = None
+    init_from: WrittenPath | None = None
     """A checkpoint folder (from `lhcp import` or of another run) whose weights a new run starts from; None: random.
     In a file it is enough alone: the other keys are the checkpoint's."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lhcp.config.lighthouse import LighthouseConfig
 from lhcp.config.model import ModelConfig
-from lhcp.config.section import ConfigError, PositiveInt, Section, nearest_multiples
+from lhcp.config.section import ConfigError, PositiveInt, Section, WrittenPath, nearest_multiples
 
 Sharding = Literal["zigzag", "contiguous"]
 ExchangeName = Literal["ring"]
@@ -22,7 +21,7 @@ EvalMode = Literal["dense", "lighthouse", "no_attention"]
 class DataConfig(Section):
     """Where the tokens are."""
 
-    path: Path
+    path: WrittenPath
     """Folder written by `lhcp data prepare`."""
     verify: Annotated[bool, Field(strict=True)] = True
     """Read every shard at the start of a run and compare checksums; the ranks share the work, a shard each in turn.
@@ -128,7 +127,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    output_dir: Path
+    output_dir: WrittenPath
     """The run folder: config, metrics, plots."""
     seq_len: PositiveInt
     """N, tokens of one sequence over all context-parallel ranks."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 
@@ -17,6 +19,26 @@ class Section(BaseModel):
     """Base of all sections: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+TextT = TypeVar("TextT", str, Path)
+
+
+def written_out(path: TextT) -> TextT:
+    """Refuse what a shell would expand, which nothing does here: a folder of that name would be made.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if str(path).startswith("~") or re.search(r"\$[A-Za-z_{]", str(path)):
+        raise ValueError(
+            f"given {str(path)!r}, but ~ and variables are not expanded here; write it out, or, on a command line, "
+            f"leave the quotes out"
+        )
+    return path
+
+
+WrittenPath = Annotated[Path, AfterValidator(written_out)]
 
 
 def nearest_multiples(value: int, step: int) -> str:

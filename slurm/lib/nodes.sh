@@ -17,6 +17,16 @@ on_nodes() {
         "${LHCP_SRUN[@]}" "${LHCP_PYTHON[@]}" "${agent[@]}" "$@"
 }
 
+# until_slurm_answers: its controller may be away for minutes, when it starts again or fails over.
+until_slurm_answers() {
+    local tries
+    for ((tries = 0; tries < 60; tries++)); do
+        if scontrol show job "$SLURM_JOB_ID" >/dev/null 2>&1; then return; fi
+        echo "note: Slurm's controller does not answer; asked again in 10 s" >&2
+        sleep 10
+    done
+}
+
 # on_first_node ARGUMENT...: Python once, in the same surroundings.
 on_first_node() {
     srun --nodes=1 --ntasks=1 --cpu-bind=none --overlap "${LHCP_SRUN[@]}" "${LHCP_PYTHON[@]}" "$@"

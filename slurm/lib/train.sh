@@ -8,7 +8,7 @@
 . "$LHCP_OUT/code/lhcp/slurm/lib/nodes.sh"
 
 config=$LHCP_JOB/config${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}.yaml
-outcome=start action='' ended=''
+outcome=start ended=''
 
 # SIGTERM to the whole job: scancel, a preemption (after which Slurm itself requeues), or the limit at last. A script that
 # requeued its job then would bring it back from scancel.
@@ -18,25 +18,32 @@ end_if_told() {
 }
 
 while :; do
+    until_slurm_answers
     end_if_told
-    read -r action code <<<"$(on_first_node -m lhcp.launch.verdict "$config" "$outcome")" || true
+    status=0
+    answer=$(on_first_node -m lhcp.launch.verdict "$config" "$outcome") || status=$?
     end_if_told
-    case $action in
+    if [ "$status" = 138 ]; then  # SIGUSR1 to all steps of the job, when there was nothing yet to stop
+        outcome=75
+        continue
+    fi
+    case $answer in
     run)
         outcome=0
         # dp follows from the GPUs that this job has. --resume last also begins a run that has no checkpoint.
-        on_nodes -m lhcp.train "$config" --resume last || outcome=$?
+        on_nodes -m lhcp.train "$config" --resume last "${LHCP_TRAIN[@]}" || outcome=$?
         ;;
     requeue)
         echo "requeue: job $SLURM_JOB_ID goes on later, from the last checkpoint"
         # Refused where the administrators or --no-requeue forbid it: then the next job of a chain goes on.
+        until_slurm_answers
         scontrol requeue "$SLURM_JOB_ID" ||
             echo "not requeued; the next job of a chain goes on, or: lhcp submit $LHCP_OUT" >&2
         exit 75
         ;;
-    end) exit "$code" ;;
+    "end "*) exit "${answer#end }" ;;
     *)
-        echo "error: no answer from lhcp.launch.verdict, see above" >&2
+        echo "error: lhcp did not start on the first node, see above: python, setup or container of the site file?" >&2
         exit 1
         ;;
     esac

@@ -1,7 +1,4 @@
-"""Hangs of every kind end in 77 within the set time; the stacks are in the run folder, and who is to blame is named.
-
-All runs hang at the same time, since each one waits for most of its time.
-"""
+"""Hangs of every kind, all at the same time, end in 77 within the set time; who is to blame is named."""
 
 from __future__ import annotations
 
@@ -50,8 +47,9 @@ HANGS_IN = 4
 
 # What the launcher starts in place of lhcp.train: `python -m lhcp.agent ... FILE FAULT CONFIG`.
 SCRIPT = """
-import sys
+import signal, sys
 import torch.utils.tensorboard
+signal.signal(signal.SIGALRM, signal.SIG_IGN)  # as some starters leave it
 sys.path[:0] = {paths!r}
 import test_hang
 from lhcp import train

@@ -122,8 +122,7 @@ class Cluster:
             self._write_files()
             self._spawn_daemon("munged", "munged", "--foreground", *self._munge_options())
             until(lambda: self._lives("munged") and (self.folder / "munge.socket").exists(), 10, self._report)
-            self._spawn_daemon("slurmctld", "slurmctld", "-D")
-            until(lambda: self._lives("slurmctld") and self._answers(), 20, self._report)
+            self._spawn_controller()
             for node in NODES:
                 self._spawn_node(node)
             until(lambda: all(map(self._lives, NODES)) and self._all_idle(), 60, self._report)
@@ -179,6 +178,13 @@ class Cluster:
         until(lambda: time.strftime("%Y-%m-%dT%H:%M:%S") != before, 2, self._report)
         self._spawn_node(node)
         until(lambda: shown()["SlurmdStartTime"] != before and shown()["State"] in _UP, 60, self._report)
+
+    @contextlib.contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """Kill the controller, and start it again at the end."""
+        self._kill("slurmctld")
+        yield
+        self._spawn_controller()
 
     def clear(self) -> None:
         """End all jobs, turn on all nodes, and set the settings back."""
@@ -258,6 +264,10 @@ class Cluster:
 
     def _spawn_node(self, node: str) -> None:
         self._spawn_daemon(node, *_NAMESPACES, "sh", "-c", _NODE, "sh", node, str(self.folder))
+
+    def _spawn_controller(self) -> None:
+        self._spawn_daemon("slurmctld", "slurmctld", "-D")
+        until(lambda: self._lives("slurmctld") and self._answers(), 20, self._report)
 
     def _init(self, name: str) -> int:
         pid = self._processes[name].pid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from lhcp.launch.site import Container, Site
 
 HOSTILE = [
     "with space", " around ", "it's", 'say "hi"', "'", "$(touch PWNED)", "`touch PWNED`", "a;touch PWNED",
-    "a&touch PWNED&", "#hash", "a #b", "*", "?[a-z]", "ünï-✓-日本", "-dash", "--wrap=touch PWNED", "~", "!!", "{a,b}",
-    "$HOME", "${HOME}", "<in>out|touch PWNED", "a\tb", "(x)", "'; touch PWNED; '", '"; touch PWNED; "', "a\x1bb", "=",
+    "a&touch PWNED&", "#hash", "a #b", "*", "?[a-z]", "ünï-✓-日本", "-dash", "--wrap=touch PWNED", "a~", "!!", "{a,b}",
+    "$1", "<in>out|touch PWNED", "a\tb", "(x)", "'; touch PWNED; '", '"; touch PWNED; "', "a\x1bb", "=",
     "a\u2028b\x85c",
 ]  # fmt: skip
 # What no folder for results may have in its name, but everything else may.
@@ -166,6 +167,24 @@ def test_values_of_the_site(inputs: Path, tmp_path: Path, value: str) -> None:
     assert printed.environment["VALUE"] == value
     assert printed.environment["NCCL_SOCKET_IFNAME"] == value
     assert printed.environment["GLOO_SOCKET_IFNAME"] == value.lstrip("=")
+
+
+@pytest.mark.parametrize("value", ["~", "~/x", "$HOME", "/a/${USER}/b"])
+def test_what_a_shell_would_expand_is_refused(inputs: Path, tmp_path: Path, value: str) -> None:
+    said = f"given {value!r}, but ~ and variables are not expanded here"
+    for key, site in {
+        "python": {"python": value},
+        "env": {"env": {"A": value}},
+        "container.image": {"container": {"runtime": "pyxis", "image": value}},
+        "container.mounts.0": {"container": {"runtime": "apptainer", "image": "x", "mounts": [value]}},
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{re.escape(f'{key}: {said}')}"):
+            validate(Site, site)
+    for key, given in {"output_dir": {"out": Path(value)}, "data.path": {"overrides": [f"data.path={value!r}"]},
+                       "model.init_from": {"overrides": [f"model.init_from={value!r}"]}}.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=re.escape(f"{key}: {said}")):
+            prepare(Request(template="train_98k", config=inputs / "run.yaml", **given))
+    assert job(inputs, tmp_path / "run", Site(sbatch={"comment": value})).options["comment"] == value
 
 
 def test_environment_of_the_submitter_is_kept(inputs: Path, tmp_path: Path) -> None:

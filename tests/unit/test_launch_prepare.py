@@ -78,14 +78,15 @@ def refusal(**changes: Any) -> str:
         (
             ["parallel.cp=8", "attention.topk=24", "attention.num_strata=8"],
             {},
-            "num_strata 8 is not legal: it does not divide evenly over the 16 chunks of the context-parallel layout (a "
-            "chunk is a whole number of strata); none is valid here: topk should be a multiple of the chunks",
+            "1 node(s) with 8 GPU(s) each: num_strata 8 is not legal: it does not divide evenly over the 16 chunks of "
+            "the context-parallel layout (a chunk is a whole number of strata); none is valid here: topk should be a "
+            "multiple of the chunks",
         ),
         (
             ["attention.topk=81"],
             {},
-            "topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, pooling_factor 3); it must be at "
-            "most that",
+            "1 node(s) with 8 GPU(s) each: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, "
+            "pooling_factor 3); it must be at most that",
         ),
         ([], {"nodes": "0"}, "nodes: given '0', must be a whole number of at least 1"),
         ([], {"nodes": "two"}, "nodes: given 'two', must be a whole number of at least 1"),
@@ -203,8 +204,8 @@ def test_missing_data(folder: Path) -> None:
         ({"arms": {"a": {}}, "vary": {"seed": []}}, "grid.yaml: vary.seed: given [], must have at least 1 item(s)"),
         (
             {"arms": {"good": {}, "bad": {"attention.topk": 81}}},
-            "bad: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, pooling_factor 3); it must be "
-            "at most that",
+            "bad: 1 node(s) with 8 GPU(s) each: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, "
+            "pooling_factor 3); it must be at most that",
         ),
         (
             {"arms": {"good": {}, "bad": {"optim.lr": -1}}},
@@ -267,10 +268,13 @@ def test_what_slurm_has_refused_was_not_submitted(folder: Path, monkeypatch: pyt
     for resume in (False, True):
         with pytest.raises(ConfigError) as error:
             by_sbatch(prepare(request(resume=resume)))
-        assert str(error.value) == "sbatch: not found; submit on a machine that has Slurm's commands"
-        assert list(jobs_folder.iterdir()) == []
+        assert str(error.value) == (
+            "Slurm's commands are not on PATH; submit on a machine that has them (a login node), or start the run "
+            "without Slurm: lhcp launch torchrun"
+        )
+        assert not jobs_folder.parent.exists()
     write_submitted(prepare(request()))
-    with pytest.raises(ConfigError, match=r"^sbatch: not found"):
+    with pytest.raises(ConfigError, match=r"^Slurm's commands are not on PATH"):
         by_sbatch(prepare(request(resume=True)))
     assert sorted(path.name for path in jobs_folder.iterdir()) == ["001", "jobs.jsonl"]
     assert (folder / "run" / "code" / "lhcp" / "train.py").exists()

@@ -62,7 +62,7 @@ def failures(run: RunConfig) -> list[dict[str, object]]:
     [
         (0, ["end 0", "end 0", "end 0", "end 0"]),
         (2, ["end 2", "end 2", "end 2", "end 2"]),
-        (75, ["requeue", "requeue", "requeue", "requeue"]),
+        (75, ["requeue", "requeue", "end 1", "end 1"]),
         (1, ["run", "requeue", "end 1", "end 1"]),
         (76, ["requeue", "requeue", "end 1", "end 1"]),
         (137, ["run", "requeue", "end 1", "end 1"]),
@@ -77,7 +77,10 @@ def test_the_same_again_and_again(run: RunConfig, outcome: int, answers: list[st
     ("history", "answers"),
     [
         # A number is an exit code, and "+" a checkpoint that was published.
-        ([1, 1, 75, 1], ["run", "requeue", "requeue", "end 1"]),
+        ([1, 1, 75, 1], ["run", "requeue", "end 1", "end 1"]),
+        ([1, 1, "+", 75, 1, 1, 1], ["run", "requeue", "requeue", "run", "requeue", "end 1"]),
+        (["+", 75, "+", 75, "+", 75, "+", 75], ["requeue", "requeue", "requeue", "requeue"]),
+        ([138, 138], ["requeue", "requeue"]),
         ([1, 1, "+", 1, 1, 1], ["run", "requeue", "run", "requeue", "end 1"]),
         ([1, "+", 1, "+", 1, "+", 1], ["run", "run", "run", "run"]),
         (["+", 1, 1, 1], ["run", "requeue", "end 1"]),
@@ -218,9 +221,9 @@ def test_submitting_a_grid_again_forgives_its_arms(tmp_path: Path, monkeypatch: 
     (folder / "elements.txt").write_text("arm\n")
     config_file.save(run, folder / "config-0.yaml")
     jobs.remember(out, [Job(job_id="1", name="out", folder=folder, log=folder / "x", submitted="now", elements=1)])
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 2\n")
-    sbatch.chmod(0o755)
+    for name, script in {"sbatch": "echo 2", "squeue": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [job.job_id for job in submit.again(out)] == ["2"]
     assert next_action(run, out, "start", {}) == "run"

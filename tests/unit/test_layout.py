@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "attention": {"config", "kernels", "distributed"},
     "loss": set(),
     "model": {"config", "kernels", "distributed", "attention", "loss"},
-    "launch": {"config", "config_file", "checkpoint", "checks", "metrics", "plan", "presets", "progress", "stop"},
+    "launch": {"config", "config_file", "checkpoint", "checks", "metrics", "plan", "presets", "progress"}
+    | {"lock", "stop"},
 }
 # Parts not listed above may import anything but these, which are started by name.
 ENTRY_POINTS = {"train", "cli"}
