@@ -199,6 +199,10 @@ class Cluster:
             return not self.run("squeue", "--noheader")
 
         until(no_jobs, 60, self._report)
+        # A controller that was away has not heard how steps ended, and takes their nodes for broken.
+        drained = [node for node, state in self.node_states().items() if "DRAIN" in state]
+        if drained:
+            self.run("scontrol", "update", f"NodeName={','.join(drained)}", "State=RESUME")
         until(self._all_idle, 60, self._report)
 
     def execute(self, node: str, *argv: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import yaml
 
 from golden.update import write_inputs
+from lhcp import config_file
+from lhcp.checkpoint.folder import step_folder
 from lhcp.config import ConfigError
 from lhcp.launch import jobs
 from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Prepared, Request, prepare
-from lhcp.launch.submit import by_sbatch
+from lhcp.launch.submit import again, by_sbatch
 
 TEMPLATES = "latency, preflight, recoverability, sweep, train_1m, train_98k"
 
@@ -251,6 +254,23 @@ def test_what_was_submitted_already(folder: Path) -> None:
     again.write()
     assert prepare(request(resume=True)).folder == run / "jobs" / "003"
     assert prepare(request(out=Path("other"))).folder == folder / "other" / "jobs" / "001"
+
+
+def test_a_finished_run(folder: Path) -> None:
+    prepared = prepare(request())
+    write_submitted(prepared)
+    run = config_file.load(folder / "run.yaml")
+    step_folder(folder / "run", run.total_steps).mkdir(parents=True)
+    message = f"the run in {folder / 'run'} is finished: {run.total_steps} steps; to go on, lengthen a stage"
+    assert refusal(resume=True).startswith(message)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        again(folder / "run")
+    prepare(request(resume=True, overrides=[f"stages.0.steps={run.stages[0].steps + 1}"], allowed=["stages"]))
+
+
+def test_what_may_change(folder: Path) -> None:
+    text = prepare(request(allowed=["attention.topk", "data"])).text
+    assert "LHCP_TRAIN=(--allow-change attention.topk --allow-change data)\n" in text
 
 
 def test_a_run_that_has_begun(folder: Path) -> None:

@@ -130,6 +130,10 @@ container: {runtime: apptainer, image: torch.sif}
 
 def test_numbers_are_values_as_any_other(home: Path) -> None:
     """YAML reads 16 as a number, where sbatch and the environment have text alone."""
-    (home / "s.yaml").write_text("account: 17\nsbatch: {cpus-per-task: 16}\nenv: {NCCL_IB_TIMEOUT: 22}\n")
-    expected = Site(account="17", sbatch={"cpus-per-task": "16"}, env={"NCCL_IB_TIMEOUT": "22"})
+    (home / "s.yaml").write_text(
+        "account: 17\nsbatch: {cpus-per-task: 16, time: 12:00:00, begin: 16:00, nice: 1:30.5}\n"
+        "env: {NCCL_IB_TIMEOUT: 22}\n"
+    )
+    options = {"cpus-per-task": "16", "time": "12:00:00", "begin": "16:00", "nice": "1:30.5"}
+    expected = Site(account="17", sbatch=options, env={"NCCL_IB_TIMEOUT": "22"})
     assert load_site(Path("s.yaml")) == expected

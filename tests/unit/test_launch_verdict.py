@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from lhcp import config_file
 from lhcp.checkpoint.folder import step_folder
 from lhcp.config import RunConfig
-from lhcp.launch import jobs, submit
+from lhcp.launch import jobs, submit, verdict
 from lhcp.launch.jobs import Job
 from lhcp.launch.verdict import FAILURES_FILE, forgive, in_a_row, next_action
+from lhcp.lock import holder
 from lhcp.progress import read_steps
 from runs import make_config
 
@@ -133,6 +135,37 @@ def test_the_message_of_a_crash_loop(run: RunConfig, capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", message)
     assert ask(run, "start") == "end 1"
     assert capsys.readouterr() == ("", message)
+
+
+def test_the_message_of_a_start_that_is_too_slow(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [ask(run, code) for code in (75, 138, 75)] == ["requeue", "requeue", "end 1"]
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: told to stop 3 times in a row before there was a new checkpoint: not started again\n"
+    )
+
+
+def test_a_lock_that_is_let_go(
+    run: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "_LOOK_S", 0.05)
+    holding = "import sys, time; from pathlib import Path; from lhcp.lock import locked\n" \
+              "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(float(sys.argv[2]))"  # fmt: skip
+    for seconds, limit in (("1", 30.0), ("30", 0.3)):
+        monkeypatch.setattr(verdict, "_LOCK_S", limit)
+        with subprocess.Popen(
+            [sys.executable, "-c", holding, str(run.output_dir), seconds], stdout=subprocess.PIPE
+        ) as other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            began = time.monotonic()
+            assert ask(run, "start") == "run"
+            assert 0.2 < time.monotonic() - began < 10
+            assert (holder(run.output_dir) is None) == (seconds == "1")
+            other.kill()
+        assert f"{run.output_dir} is in use by process {other.pid} on " in capsys.readouterr().err
+    assert ask(run, "start") == "run"
+    assert capsys.readouterr().err == ""
 
 
 def test_the_message_names_every_step_that_failed(run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
