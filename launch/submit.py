@@ -105,9 +105,9 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
     out = out.absolute()
     script_again(out)
     folder = jobs.newest_folder(out)
-    _refuse_beside(out, after)
     if (folder / CONFIG_FILE).exists():
         refuse_finished(config_file.load(folder / CONFIG_FILE))
+    _refuse_beside(out, after)
     last = jobs.submitted(out)[-1]
     return _sbatch(out, folder, last.name, last.elements, after, chain)
 

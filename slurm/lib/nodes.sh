@@ -20,10 +20,10 @@ on_nodes() {
 # until_slurm_answers: its controller may be away for minutes, when it starts again or fails over.
 until_slurm_answers() {
     local tries
-    for ((tries = 0; tries < 60; tries++)); do
+    for ((tries = 0; tries < 200; tries++)); do
         if scontrol show job "$SLURM_JOB_ID" >/dev/null 2>&1; then return; fi
-        echo "note: Slurm's controller does not answer; asked again in 10 s" >&2
-        sleep 10
+        echo "note: Slurm's controller does not answer; asked again in 3 s" >&2
+        sleep 3
     done
 }
 

@@ -79,7 +79,7 @@ _SETTINGS = {
     "TCPTimeout": 2,
     "SlurmdTimeout": 10,
     "BatchStartTimeout": 20,
-    "UnkillableStepTimeout": 30,
+    "UnkillableStepTimeout": 10,
     "ReturnToService": 2,
 }
 
