@@ -3,7 +3,7 @@
     from lhcp.launch import submit
 
     first = submit.job(Path("run.yaml"), options={"nodes": "4"})[0]     # a submitit Job: state, stdout(), result(), ...
-    submit.job(Path("tail.yaml"), after=first.job_id, resume=True)      # goes on when that one has succeeded
+    submit.job(Path("tail.yaml"), after=first.job_id, resume=True)      # goes on when that one has ended
     submit.job(Path("grid.yaml"), template="recoverability", out=Path("runs/grid"))     # an array
 
 Either way the job is the script in its folder (see lhcp.launch.prepare), which also requeues itself; submitit submits,

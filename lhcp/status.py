@@ -222,10 +222,11 @@ def show_elements(out: Path, now: float) -> None:
     left = {job.job_id: job for job in states(submitted(out))}
     console = Console(highlight=False)
     if last.elements is None:
-        console.print(f"{out}: job {last.job_id}: {_in_words(left[last.job_id]) if last.job_id in left else 'ended'}")
+        state = _in_words(left[last.job_id]) if last.job_id in left else "ended"
+        console.print(f"{out}: job {last.job_id}: {state}", soft_wrap=True)
         return
     names = (folder / "elements.txt").read_text(encoding="utf-8").splitlines()
-    console.print(f"{out}: job {last.job_id}, an array of {last.elements}")
+    console.print(f"{out}: job {last.job_id}, an array of {last.elements}", soft_wrap=True)
     for number, name in enumerate(names):
         job = left.get(f"{last.job_id}_{number}")
         state = _in_words(job) if job else f"ended; its log: lhcp logs {out} --element {number}"

@@ -250,7 +250,7 @@ def test_a_stopped_rank_is_named_and_the_others_say_where_they_wait(ended: dict[
     waited = (run.run_dir / "logs" / "hang-rank-00000.txt").stat().st_mtime - os.path.getmtime(
         run.run_dir / METRICS_FILE
     )
-    assert TIMEOUT_S - 1 < waited < TIMEOUT_S + 4
+    assert TIMEOUT_S - 1 < waited < 3 * TIMEOUT_S
 
 
 def test_a_sleeping_rank_is_seen_in_its_stack(ended: dict[str, Ended]) -> None:

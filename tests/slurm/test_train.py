@@ -112,7 +112,9 @@ def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) 
     assert re.search(
         r"error: no progress for 7 s: rank 1 on host n2 gives no sign of life since \S+, when it was in step", log
     )
-    assert "lhcp/trainer.py" in (run_dir / "logs/hang-rank-00000.txt").read_text()
+    # Which collective of a step it waits in depends on how far the other came.
+    stacks = (run_dir / "logs/hang-rank-00000.txt").read_text()
+    assert re.search(r'lhcp/run\.py", line \d+ in run$', stacks, re.MULTILINE), stacks
 
 
 def test_a_crash_loop_ends(runs: Runs, cluster: Cluster) -> None:
@@ -160,7 +162,7 @@ def test_two_stages_as_two_jobs_by_submitit(runs: Runs, cluster: Cluster, expect
     (first,) = submit.by_submitit(prepare(runs.request("stages", stages=first_stage)))
     both = dataclasses.replace(runs.request("stages"), resume=True)
     (second,) = submit.by_submitit(prepare(both), after=first.job_id)
-    assert cluster.job(second.job_id)["Dependency"] == f"afterok:{first.job_id}(unfulfilled)"
+    assert cluster.job(second.job_id)["Dependency"] == f"afterany:{first.job_id}(unfulfilled)"
     assert (first.result(), second.result()) == (0, 0)
     assert losses(runs.folder / "stages") == expected
     assert f"resumed from {runs.folder}/stages/checkpoints/step-{STEPS:08d}" in second.stdout()
