@@ -176,24 +176,21 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     until(lambda: all((folder / name / METRICS_FILE).exists() for name in launched), 60, lambda: "nothing launched")
     evaluated = {"eval": {"sequences": 2, "every": 10, "modes": ["dense", "no_attention"]}, "checkpoint": {"every": 10}}
     faults: dict[str, Callable[[int], None]] = {
+        "slow": slow,
         "stopped": lambda _: at_ring(stopped, 1),
         "asleep": late,
         "without Python": lambda _: at_ring(without_python, 1),
         "absent": only_on(1, never_comes),
         "without store": partial(without_store, folder / "without store"),
-        "slow": slow,
     }
-    runs = {
-        name: ForkedRun(
-            2,
-            [write_config(data, folder / name, **(evaluated if name == "slow" else {}))],
-            folder / f"{name}.txt",
-            before,
-        )
-        for name, before in faults.items()
-    }
+    runs: dict[str, ForkedRun] = {}
     found = {}
     try:
+        for name, before in faults.items():
+            config = write_config(data, folder / name, **(evaluated if name == "slow" else {}))
+            runs[name] = ForkedRun(2, [config], folder / f"{name}.txt", before)
+            if name == "slow":  # must not be taken for hung, so it has the cores while it starts
+                until(lambda: (folder / "slow" / METRICS_FILE).exists(), 60, lambda: "the slow run has not begun")
         for name, run in runs.items():
             found[name] = Ended(run.wait(), (folder / f"{name}.txt").read_text(), folder / name)
         for name, process in launched.items():

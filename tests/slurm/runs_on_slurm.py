@@ -13,7 +13,7 @@ from lhcp.metrics import read_metrics
 from runs import make_config, write_data
 from waiting import until
 
-STEPS = 60
+STEPS = 40
 """Of each of the two stages."""
 SITE = Site(gpus="--gres=gpu:b200:{n}", partition="main", env={"OMP_NUM_THREADS": "1"})
 

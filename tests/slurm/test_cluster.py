@@ -127,20 +127,6 @@ def test_settings_can_change(cluster: Cluster) -> None:
     assert "JobRequeue              = 1\n" in cluster.run("scontrol", "show", "config")
 
 
-def test_job_of_a_crashed_node_runs_again(cluster: Cluster, tmp_path: Path) -> None:
-    script = "echo start ${SLURM_RESTART_COUNT:-0}\nsrun sleep $((SLURM_RESTART_COUNT ? 0 : 300))"
-    job = _submit(cluster, tmp_path, script, "--nodes=4")
-    cluster.wait(job, "RUNNING", 10)
-    until(lambda: len(cluster.pids("n2", "sleep 300$")) == 1, 10, lambda: "no task on n2")
-    cluster.crash("n2")
-    assert cluster.wait(job, "PENDING", 40)["Restarts"] == "1"
-    assert "DOWN" in cluster.node_states()["n2"]
-    cluster.power_on("n2")
-    assert cluster.wait(job, {"COMPLETED", "FAILED"}, 30)["JobState"] == "COMPLETED"
-    lines = (tmp_path / f"{job}.out").read_text().splitlines()
-    assert [line for line in lines if line.startswith("start")] == ["start 0", "start 1"]
-
-
 def test_stop_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
     with Cluster() as other:
         folder = other.folder

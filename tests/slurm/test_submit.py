@@ -15,6 +15,7 @@ from lhcp.launch import jobs, submit
 from lhcp.launch.prepare import Prepared, Request, prepare
 from slurm.cluster import Cluster
 from slurm.runs_on_slurm import SITE, Runs
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("login")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED"}
@@ -151,6 +152,24 @@ def test_a_line_of_setup_that_fails(cluster: Cluster, tmp_path: Path) -> None:
     (job,) = submit.by_sbatch(told(tmp_path / "two", "echo here", setup=["module load cuda"]))
     assert cluster.wait(job.job_id, ENDED)["ExitCode"] == "1:0"
     assert job.log.read_text().splitlines()[-1] == "error: setup of the site file failed: module load cuda"
+
+
+def test_the_controller_is_away(cluster: Cluster, tmp_path: Path) -> None:
+    """When a run has ended there, its job waits to be requeued."""
+    does = """
+. "$LHCP_OUT/code/lhcp/slurm/lib/nodes.sh"
+if [ -n "${SLURM_RESTART_COUNT:-}" ]; then echo again; exit; fi
+until [ -e away ]; do sleep 0.1; done
+until_slurm_answers
+scontrol requeue "$SLURM_JOB_ID"
+"""
+    (job,) = submit.by_sbatch(told(tmp_path, does))
+    cluster.wait(job.job_id, "RUNNING")
+    with cluster.controller_away():
+        (job.folder / "away").touch()
+        until(lambda: job.log.exists() and "controller does not answer" in job.log.read_text(), 60, job.log.read_text)
+    shown = cluster.wait(job.job_id, {"COMPLETED", "FAILED"})
+    assert (shown["JobState"], shown["Restarts"], job.log.read_text()) == ("COMPLETED", "1", "again\n")
 
 
 def test_elements_of_an_array(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:

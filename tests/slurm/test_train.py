@@ -20,7 +20,6 @@ from lhcp.launch.prepare import prepare
 from lhcp.progress import read_starts
 from slurm.cluster import Cluster
 from slurm.runs_on_slurm import STEPS, Runs, losses, wait_for_step
-from waiting import until
 
 pytestmark = pytest.mark.usefixtures("login")
 RANK = r"^\S+ -u -m lhcp\.train "
@@ -64,20 +63,6 @@ def test_requeued_in_mid_step(runs: Runs, cluster: Cluster, expected: list[float
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert losses(run_dir) == expected
     assert [begun["lhcp"] for begun in read_starts(run_dir)] == ["of the copy", "of the copy"]
-
-
-def test_the_controller_is_away(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
-    job, run_dir = start(runs, "away")
-    wait_for_step(run_dir, 23)
-    ranks = [pid for node in ("n1", "n2", "n3", "n4") for pid in cluster.pids(node, RANK)]
-    log = run_dir / "jobs/001" / f"slurm-{job}.out"
-    with cluster.controller_away():
-        for rank in ranks:
-            os.kill(rank, signal.SIGUSR1)
-        until(lambda: "controller does not answer" in log.read_text(), 60, log.read_text)
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 90)
-    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
-    assert losses(run_dir) == expected
 
 
 def test_a_node_loses_power(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
