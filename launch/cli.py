@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from lhcp.checks import check_files
 from lhcp.config import ConfigError
 from lhcp.launch import jobs, script, submit, torchrun
 from lhcp.launch.jobs import Job
-from lhcp.launch.prepare import Request, prepare
+from lhcp.launch.prepare import NO_TORCH, Prepared, Request, prepare
 from lhcp.launch.site import load_site
 from lhcp.launch.snapshot import CODE_FOLDER, code_digest
 
@@ -57,8 +58,12 @@ Follow = Annotated[
 def submit_command(
     config: Annotated[Path, typer.Argument(help="The run's YAML file; or a folder, to submit its last job again.")],
     template: Annotated[
-        str, typer.Option(help="Job template: a name of `lhcp launch templates`, or a file.")
-    ] = "train_98k",
+        str | None,
+        typer.Option(
+            help="Job template: a name of `lhcp launch templates`, or a file. If left out: train_98k, one node; with "
+            "--resume that of the run's last job, with the options that it was submitted with."
+        ),
+    ] = None,
     overrides: Overrides = None,
     site: SitePath = None,
     out: Out = None,
@@ -75,20 +80,21 @@ def submit_command(
 ) -> None:
     """Submit a run to Slurm; it comes back by itself after preemption, the time limit and failures."""
     if config.is_dir():
-        if overrides or site or out or nodes or gpus_per_node or time or sbatch or allow_change:
+        if template or overrides or site or out or nodes or gpus_per_node or time or sbatch or allow_change:
             raise ConfigError(
                 f"{config} is submitted again as it was; to change something: "
                 f"lhcp submit {jobs.newest_folder(config.absolute()) / 'config.yaml'} --resume, with the changes"
             )
         if dry_run:
-            print(submit.script_again(config.absolute()), end="")
+            text = submit.script_again(config.absolute())
+            _show(text, config.absolute(), after)
             return
         done = submit.again(config, after, chain)
     else:
         shape = {"nodes": nodes, "gpus-per-node": gpus_per_node, "time": time}
         prepared = prepare(_request(template, config, overrides, site, out, shape, sbatch, resume, allow_change))
         if dry_run:
-            print(prepared.text, end="")
+            _show_prepared(prepared, after)
             return
         submit.by_submitit(prepared, after, chain)
         done = jobs.submitted(prepared.out)[-chain:]
@@ -119,7 +125,7 @@ def sbatch_command(
     shape = {"nodes": nodes, "gpus-per-node": gpus_per_node, "time": time}
     prepared = prepare(_request(template, config, overrides, site, out, shape, sbatch, resume, allow_change))
     if dry_run:
-        print(prepared.text, end="")
+        _show_prepared(prepared, after)
         return
     _tell(submit.by_sbatch(prepared, after, chain), follow)
 
@@ -177,8 +183,21 @@ def logs_command(
     _print_log(job, job.log_of(element), follow)
 
 
+def _show_prepared(prepared: Prepared, after: str | None) -> None:
+    if prepared.lacks_torch:
+        print(f"note: this could not be submitted here: {NO_TORCH}", file=sys.stderr)
+    _show(prepared.text, prepared.out, after)
+
+
+def _show(text: str, out: Path, after: str | None) -> None:
+    """Of a script, when all that can be checked here is in order."""
+    if jobs.slurm_answers():
+        submit.refuse_beside(out, after)
+    print(text, end="")
+
+
 def _request(
-    template: str,
+    template: str | None,
     config: Path | None,
     overrides: list[str] | None,
     site: Path | None,
@@ -204,7 +223,7 @@ def _tell(done: list[Job], follow: bool) -> None:
         print(f"note: it runs the code that it began with, {code}, which is not today's")
     for job in done:
         elements = f", an array of {job.elements}" if job.elements else ""
-        print(f"submitted job {job.job_id} ({job.name}{elements})")
+        print(f"submitted job {job.job_id} ({job.name}{elements}) by template {job.template}")
     print(f"  log     {done[0].log}")
     print(f"  script  {done[0].folder / 'job.sbatch'}")
     if follow:
@@ -215,4 +234,9 @@ def _print_log(job: Job, log: Path, follow: bool) -> None:
     for text in jobs.follow(job, log) if follow else jobs.log_so_far(job, log):
         print(text, end="", flush=True)
     if follow:
-        raise typer.Exit(jobs.exit_code(job))
+        ends = jobs.ends(job)
+        for end in ends:
+            if end.element is not None and end.state != "COMPLETED":
+                told = f"element {end.element} of {job.elements} {end.in_words}; its log: {job.log_of(end.element)}"
+                print(told, file=sys.stderr)
+        raise typer.Exit(max(end.code for end in ends))

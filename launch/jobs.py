@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from lhcp.config import ConfigError, Section
 from lhcp.stop import EXIT_STOPPED
@@ -18,6 +20,10 @@ JOBS_FOLDER = "jobs"
 """In an output folder; a folder in it for each submission, see lhcp.launch.prepare."""
 _RECORDS = "jobs.jsonl"
 _CANCELLED = "cancelled"
+_CODES = {"COMPLETED": 0, "CANCELLED": EXIT_STOPPED}
+"""Of states in which the script itself did not fail; others, such as NODE_FAIL, are failures all the same."""
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
+"""Variables that say how Slurm is reached."""
 _FOLLOW_S = 1.0
 """Seconds between two looks at a log that is followed."""
 _PATIENCE, _PATIENCE_S = 30, 10.0
@@ -39,6 +45,11 @@ class Job(Section):
     """In an array, that of element 0."""
     submitted: str
     """ISO 8601, UTC."""
+    template: str
+    """Name, or file."""
+    options: dict[str, str | None]
+    """Options of sbatch that were asked for, instead of the template's and the site's."""
+    trains: bool
     elements: int | None = None
     """Of an array; None: it is none."""
 
@@ -56,6 +67,30 @@ class JobState(Section):
     why: str
     """Why it waits, or where it runs; empty where Slurm does not say."""
 
+    @property
+    def in_words(self) -> str:
+        """Such as `pending (Priority)`."""
+        return self.state.lower() + (f" ({self.why})" if self.why else "")
+
+
+class JobEnd(Section):
+    """How a job, or an element of an array, has ended."""
+
+    element: int | None
+    """None: of no array."""
+    state: str
+    """Such as COMPLETED or FAILED."""
+    why: str
+    """Slurm's reason; empty where there is none."""
+    code: int
+    """As a shell has it."""
+
+    @property
+    def in_words(self) -> str:
+        """Such as `failed with exit code 2`."""
+        how = f" with exit code {self.code}" if self.state == "FAILED" else f" ({self.why})" if self.why else ""
+        return self.state.lower().replace("_", " ") + how
+
 
 def remember(out: Path, jobs: Sequence[Job]) -> None:
     """Append to the records of an output folder."""
@@ -70,21 +105,29 @@ def numbers(out: Path) -> list[int]:
 
 
 def newest_folder(out: Path) -> Path:
-    """Of the last submission.
+    """Of the last job.
 
     Raises:
         ConfigError: there is none.
     """
-    if not submitted(out):
+    if not (done := submitted(out)):
         raise ConfigError(f"{out}: nothing was submitted from there; submit a configuration: lhcp submit CONFIG")
-    return out / JOBS_FOLDER / f"{numbers(out)[-1]:03d}"
+    return done[-1].folder
 
 
 def submitted(out: Path) -> list[Job]:
-    """The jobs of an output folder, oldest first."""
+    """The jobs of an output folder, oldest first; their paths are in `out`, which may have been moved."""
     path = out / JOBS_FOLDER / _RECORDS
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [Job.model_validate_json(line) for line in lines if line]
+    found = []
+    for line in lines:
+        with suppress(ValidationError):  # the last, torn by a full disk
+            found.append(Job.model_validate_json(line))
+    folders = [out / JOBS_FOLDER / job.folder.name for job in found]
+    return [
+        job.model_copy(update={"folder": folder, "log": folder / job.log.name})
+        for job, folder in zip(found, folders, strict=True)
+    ]
 
 
 def states(jobs: Sequence[Job]) -> list[JobState]:
@@ -97,26 +140,46 @@ def states(jobs: Sequence[Job]) -> list[JobState]:
         return []
     wanted = {job.job_id for job in jobs}
     found = []
-    for line in _slurm("squeue", "--noheader", "--array", "--format=%i|%F|%T|%R", "--me").splitlines():
+    for line in _slurm("squeue", "--noheader", "--array", "--format=%i|%F|%T|%R", "--me", "--all").splitlines():
         job_id, array_id, state, why = line.split("|", 3)
         if {job_id, array_id} & wanted:
             found.append(JobState(job_id=job_id, state=state, why="" if why == "(None)" else why.strip("()")))
     return found
 
 
-def exit_code(job: Job) -> int:
-    """Of a job that has just ended, as a shell has it; in an array the largest.
+def slurm_answers() -> bool:
+    """Whether Slurm can be asked from here."""
+    try:
+        _slurm("scontrol", "ping")
+    except ConfigError:
+        return False
+    return True
+
+
+def ends(job: Job) -> list[JobEnd]:
+    """How a job that is not among `states` has ended; in an array each element, in order.
 
     Raises:
-        ConfigError: Slurm knows it no more.
+        ConfigError: Slurm knows it no more: it forgets after some minutes.
     """
     try:
         shown = _slurm("scontrol", "--oneliner", "show", "job", job.job_id)
     except ConfigError as error:
         raise ConfigError(f"job {job.job_id} has ended, and Slurm does not know how ({error})") from None
-    pairs = [(int(code), int(number)) for code, number in re.findall(r"\bExitCode=(\d+):(\d+)", shown)]
-    cancelled = EXIT_STOPPED if "JobState=CANCELLED" in shown else 0
-    return max([code or (128 + number if number else 0) for code, number in pairs] + [cancelled])
+    found = []
+    for line in shown.splitlines():
+        fields = dict(re.findall(r"(?:^|\s)(JobState|Reason|ExitCode|ArrayTaskId)=(\S+)", line))
+        code, number = map(int, fields["ExitCode"].split(":"))
+        element, why = fields.get("ArrayTaskId", ""), fields["Reason"]
+        found.append(
+            JobEnd(
+                element=int(element) if element.isdecimal() else None,
+                state=fields["JobState"],
+                why="" if why == "None" else why,
+                code=code or (128 + number if number else _CODES.get(fields["JobState"], 1)),
+            )
+        )
+    return sorted(found, key=lambda end: end.element or 0)
 
 
 def check_known(job_id: str) -> None:
@@ -184,8 +247,8 @@ def log_so_far(job: Job, log: Path) -> Iterator[str]:
     """
     if not log.exists():
         left = states([job])
-        waits = f"it is {left[0].state} ({left[0].why})" if left else "Slurm does not know it (any more)"
-        raise ConfigError(f"job {job.job_id} has no log {log} yet: {waits}")
+        is_ = f"is {left[0].in_words} and has no log {log} yet" if left else f"left no log {log}{_how_ended(job)}"
+        raise ConfigError(f"job {job.job_id} {is_}")
     with log.open(encoding="utf-8", errors="replace") as file:
         while text := file.read(65_536):
             yield text
@@ -199,13 +262,13 @@ def follow(job: Job, log: Path) -> Iterator[str]:
     """
     told = None
     while not log.exists() and (left := _patient_states(job)):
-        state = f"job {left[0].job_id}: {left[0].state} ({left[0].why})"
+        state = f"job {left[0].job_id} is {left[0].in_words}"
         if state != told:
             print(state, file=sys.stderr)
         told = state
         time.sleep(_FOLLOW_S)
     if not log.exists():
-        raise ConfigError(f"job {job.job_id} has ended and left no log at {log}")
+        raise ConfigError(f"job {job.job_id} left no log {log}{_how_ended(job)}")
     with log.open(encoding="utf-8", errors="replace") as file:
         ended = False
         while not ended:
@@ -214,6 +277,13 @@ def follow(job: Job, log: Path) -> Iterator[str]:
                 yield text
             if not ended:
                 time.sleep(_FOLLOW_S)
+
+
+def _how_ended(job: Job) -> str:
+    try:
+        return f": it is {ends(job)[0].in_words}"
+    except ConfigError:
+        return ", and Slurm does not know it any more"
 
 
 def _patient_states(job: Job) -> list[JobState]:
@@ -245,7 +315,7 @@ def own_environment() -> Iterator[None]:
     """Without the variables that change what Slurm's commands do, or are those of a job that this runs in."""
     kept = dict(os.environ)
     for name in kept:
-        if name.startswith(("SBATCH_", "SQUEUE_", "SCANCEL_", "SLURM_")) and name != "SLURM_CONF":
+        if name.startswith(("SBATCH_", "SQUEUE_", "SCANCEL_", "SLURM_")) and name not in _KEPT:
             del os.environ[name]
     try:
         yield

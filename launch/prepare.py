@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from lhcp import config_file
@@ -27,7 +28,7 @@ from lhcp.checks import check_files, holds_run
 from lhcp.config import ConfigError, RunConfig
 from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import grid, script
-from lhcp.launch.jobs import JOBS_FOLDER, numbers
+from lhcp.launch.jobs import JOBS_FOLDER, numbers, submitted
 from lhcp.launch.script import Options, Script
 from lhcp.launch.site import Site, check_option, shell_quote
 from lhcp.launch.snapshot import BENCHMARKS, CODE_FOLDER, copy_code
@@ -36,6 +37,13 @@ SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
 """Seconds that a job must have at least to train in."""
 # Of the lines themselves, not of what a file that they source does in passing.
+_ALTERNATIVES = ({"requeue", "no-requeue"}, {"mem", "mem-per-cpu", "mem-per-gpu"}, {"exclusive", "oversubscribe"})
+"""Options of which one takes the place of another."""
+DEFAULT_TEMPLATE = "train_98k"
+NO_TORCH = (
+    "jobs would run the Python that submits, which has no torch; name the one that trains in the site file, as python: "
+    "/path/of/venv/bin/python"
+)
 _SETUP_FAILS = (
     """trap '[ ${#BASH_SOURCE[@]} -gt 1 ] || { echo "error: setup of the site file failed: $BASH_COMMAND" >&2; """
     """exit 1; }' ERR"""
@@ -46,15 +54,17 @@ _SETUP_FAILS = (
 class Request:
     """What somebody asks for."""
 
-    template: str
-    """Name of a template, or file."""
+    template: str | None = None
+    """Name of a template, or file. None: that of the run's last submission where it goes on, else of a run of one node.
+    """
     config: Path | None = None
     """A run's configuration or a grid, as the template needs."""
     overrides: Sequence[str] = ()
     out: Path | None = None
     """Where results go; None: the configuration's output_dir."""
     options: Mapping[str, str | None] = field(default_factory=dict)
-    """Options of sbatch instead of the template's and the site's."""
+    """Options of sbatch instead of the template's and the site's. Where a run goes on without another template, those
+    of its last submission are kept under these."""
     site: Site = field(default_factory=Site)
     resume: bool = False
     """Whether there may be a run in `out` already, to go on with."""
@@ -68,6 +78,11 @@ class Prepared:
 
     out: Path
     folder: Path
+    template: str
+    """Name, or absolute path."""
+    trains: bool
+    asked: Options
+    """Options of sbatch that are neither the template's nor the site's."""
     options: Options
     text: str
     """Of the script."""
@@ -75,6 +90,8 @@ class Prepared:
     """Texts of further files of the job's folder, by name."""
     elements: int | None
     """Of a job array; None: it is none."""
+    lacks_torch: bool
+    """Whether the job would run with a Python that cannot train."""
 
     @property
     def name(self) -> str:
@@ -93,17 +110,21 @@ class Prepared:
             OSError: it cannot be written, or another submission took the same number.
         """
         self.folder.mkdir(parents=True)
-        copy_code(self.out / CODE_FOLDER)
-        for name, text in self.files.items():
-            (self.folder / name).write_text(text, encoding="utf-8")
-        self.script.write_text(self.text, encoding="utf-8")
-        self.script.chmod(0o755)
+        try:
+            copy_code(self.out / CODE_FOLDER)
+            for name, text in self.files.items():
+                (self.folder / name).write_text(text, encoding="utf-8")
+            self.script.write_text(self.text, encoding="utf-8")
+            self.script.chmod(0o755)
+        except BaseException:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Take back what `write` wrote, since it was not submitted."""
         shutil.rmtree(self.folder)
         if not (self.out / CONFIG_FILE).exists() and numbers(self.out) == []:
-            shutil.rmtree(self.out / CODE_FOLDER)
+            shutil.rmtree(self.out / CODE_FOLDER, ignore_errors=True)
         with suppress(OSError):  # they hold something else
             self.folder.parent.rmdir()
             self.out.rmdir()
@@ -115,12 +136,18 @@ def prepare(request: Request) -> Prepared:
     Raises:
         ConfigError: a wrong value, with what is valid.
     """
-    template = script.read(request.template)
+    chosen, asked = _continued(request)
+    template = script.read(chosen)
     if "-m benchmarks." in template.body and not BENCHMARKS.is_dir():
         raise ConfigError(f"template {template.name} runs benchmarks, which only a checkout of lhcp has")
-    options = _options(template, request)
+    options = _options(template, request.site, asked)
     configs = _configs(template, request)
+    if not template.trains:
+        configs = {name: _for_measuring(config, options) for name, config in configs.items()}
+    ended = [config for config in configs.values() if template.trains and is_finished(config)]
     for name, config in configs.items():
+        if config in ended and len(ended) < len(configs):
+            continue  # an arm that its job finds finished
         try:
             _check(template, _resolve(config, options), options, request)
         except ConfigError as error:
@@ -143,21 +170,54 @@ def prepare(request: Request) -> Prepared:
     return Prepared(
         out=out,
         folder=folder,
+        template=str(Path(chosen).absolute()) if chosen.endswith(".sbatch") else chosen,
+        trains=template.trains,
+        asked=asked,
         options=options,
         text=template.render(options, _prelude(out, folder, gpus, request, paths)),
         files=files,
         elements=len(configs) if template.needs == "grid" else None,
+        lacks_torch=request.site.uses_this_python and find_spec("torch") is None,
     )
 
 
-def _options(template: Script, request: Request) -> Options:
-    """The template's options under the site's and the user's."""
+def _continued(request: Request) -> tuple[str, Options]:
+    """Template and options of what is asked for; those of the last submission where a run goes on."""
     for name in request.options:
         try:
             check_option(name)
         except ValueError as error:
             raise ConfigError(f"--sbatch: {error}") from None
-    return template.options | request.site.options() | dict(request.options)
+    if request.template is not None:
+        return request.template, dict(request.options)
+    if request.resume and request.config is not None:
+        out = request.out or config_file.load(request.config, request.overrides).output_dir
+        if before := submitted(out.absolute()):
+            return before[-1].template, _over(before[-1].options, request.options)
+    return DEFAULT_TEMPLATE, dict(request.options)
+
+
+def _options(template: Script, site: Site, asked: Options) -> Options:
+    """The template's options under the site's and the user's."""
+    return _over(_over(template.options, site.options()), asked)
+
+
+def _over(below: Mapping[str, str | None], above: Mapping[str, str | None]) -> Options:
+    replaced = {name for group in _ALTERNATIVES if not group.isdisjoint(above) for name in group}
+    return {name: value for name, value in below.items() if name in above or name not in replaced} | dict(above)
+
+
+def _for_measuring(config: RunConfig, options: Options) -> RunConfig:
+    """A benchmark times one layer on one sequence: what a run needs besides does not matter."""
+    processes = _count(options, "nodes") * _count(options, "gpus-per-node")
+    cp = 1 if processes == 1 else config.parallel.cp
+    values = {
+        "parallel": config.parallel.model_copy(update={"dp": None, "cp": cp}),
+        "global_batch_size": max(1, processes // cp),
+        "micro_batch_size": 1,
+        "eval": config.eval.model_copy(update={"sequences": 0}),
+    }
+    return config.model_copy(update=values)
 
 
 def _placed(options: Options, site: Site, gpus: int, folder: Path) -> Options:
@@ -278,13 +338,18 @@ def _check(template: Script, config: RunConfig, options: Options, request: Reque
         )
 
 
+def is_finished(config: RunConfig) -> bool:
+    """Whether a run has nothing left to do."""
+    return config.total_steps in published(config.output_dir)
+
+
 def refuse_finished(config: RunConfig) -> None:
     """Refuse a run that has nothing left to do.
 
     Raises:
         ConfigError: saying so.
     """
-    if config.total_steps in published(config.output_dir):
+    if is_finished(config):
         raise ConfigError(
             f"the run in {config.output_dir} is finished: {config.total_steps} steps; to go on, lengthen a stage in "
             f"its {CONFIG_FILE} and submit that with --resume"
@@ -293,7 +358,7 @@ def refuse_finished(config: RunConfig) -> None:
 
 def _next_number(out: Path, resume: bool) -> int:
     taken = numbers(out)
-    if taken and not resume:
+    if submitted(out) and not resume:
         raise ConfigError(
             f"{out} has been submitted already; `lhcp submit {out}` submits the same once more, --resume this one "
             f"beside it, and another output_dir starts anew"

@@ -33,6 +33,10 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _flag(value: object) -> object:
+    return None if value is True else value
+
+
 Line = Annotated[str, BeforeValidator(_text), AfterValidator(_one_line)]
 Written = Annotated[Line, AfterValidator(written_out)]
 
@@ -60,8 +64,8 @@ class Site(Section):
     """Nodes not to take, such as n[3,7]; `preflight` finds them."""
     gpus: Line = "--gpus-per-node={n}"
     """How n GPUs of each node are asked for: --gpus-per-node={n}, --gres=gpu:{n}, --gres=gpu:b200:{n}, ..."""
-    sbatch: dict[Line, Line | None] = Field(default_factory=dict)
-    """Any other options of sbatch, by long name without dashes; null: a flag without a value."""
+    sbatch: dict[Line, Annotated[Line | None, BeforeValidator(_flag)]] = Field(default_factory=dict)
+    """Any other options of sbatch, by long name without dashes; null or true: a flag without a value."""
     setup: list[Line] = Field(default_factory=list)
     """Shell lines that make Python and CUDA available: modules, a virtual environment. One that fails ends the job."""
     python: Written | None = None
@@ -111,6 +115,11 @@ class Site(Section):
         name, _, value = self.gpus.removeprefix("--").partition("=")
         return name, value.replace("{n}", str(count))
 
+    @property
+    def uses_this_python(self) -> bool:
+        """Whether jobs run the Python that submits."""
+        return self.python is None and self.container is None
+
     def interpreter(self) -> str:
         """The Python of the job's processes."""
         return self.python or (sys.executable if self.container is None else "python3")
@@ -139,8 +148,10 @@ class Site(Section):
         """Shell lines that set the environment."""
         variables = dict(self.env)
         if self.network_interface is not None:
-            variables = {"NCCL_SOCKET_IFNAME": self.network_interface,
-                         "GLOO_SOCKET_IFNAME": self.network_interface.lstrip("=^")} | variables  # fmt: skip
+            sockets = {"NCCL_SOCKET_IFNAME": self.network_interface}
+            if not self.network_interface.startswith("^"):  # gloo takes names only
+                sockets["GLOO_SOCKET_IFNAME"] = self.network_interface.removeprefix("=")
+            variables = sockets | variables
         return [f"export {name}={shell_quote(value)}" for name, value in variables.items()]
 
 

@@ -26,10 +26,14 @@ def copy_code(to: Path) -> None:
         return
     partial = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(PACKAGE, partial / "lhcp", ignore=shutil.ignore_patterns("__pycache__"))
-    if BENCHMARKS.is_dir():
-        shutil.copytree(BENCHMARKS, partial / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
-    partial.rename(to)
+    try:
+        shutil.copytree(PACKAGE, partial / "lhcp", ignore=shutil.ignore_patterns("__pycache__"))
+        if BENCHMARKS.is_dir():
+            shutil.copytree(BENCHMARKS, partial / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
+        partial.rename(to)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def code_digest(package: Path = PACKAGE) -> str:

@@ -29,7 +29,8 @@ from lhcp.config import ConfigError
 from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import jobs
 from lhcp.launch.jobs import Job
-from lhcp.launch.prepare import SCRIPT_FILE, Prepared, Request, prepare, refuse_finished
+from lhcp.launch.prepare import NO_TORCH, SCRIPT_FILE, Prepared, Request, prepare, refuse_finished
+from lhcp.launch.script import Options
 from lhcp.launch.site import Site, load_site
 from lhcp.launch.snapshot import CODE_FOLDER
 from lhcp.launch.verdict import forgive
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 def job(
     config: Path | None,
     *,
-    template: str = "train_98k",
+    template: str | None = None,
     out: Path | None = None,
     overrides: Sequence[str] = (),
-    options: Mapping[str, str | None] | None = None,
+    options: Mapping[str, object] | None = None,
     site: Site | None = None,
     resume: bool = False,
     allowed: Sequence[str] = (),
@@ -55,8 +56,8 @@ def job(
     """Submit by submitit; see `lhcp.launch.prepare.Request` for what is asked for, and `by_submitit`.
 
     Args:
-        config, template, out, overrides, options, resume, allowed: see `Request`. Options of sbatch are text, by
-            their long names: {"nodes": "2", "gpus-per-node": "8", "time": "12:00:00"}.
+        config, template, out, overrides, options, resume, allowed: see `Request`. Options of sbatch are by their long
+            names, None for a flag: {"nodes": 2, "gpus-per-node": 8, "time": "12:00:00"}.
         site: None: the site file that is found, see `lhcp.launch.site.load_site`.
         after, chain: see `by_submitit`.
 
@@ -68,7 +69,7 @@ def job(
         config=config,
         overrides=overrides,
         out=out,
-        options=options or {},
+        options={name: value if value is None else str(value) for name, value in (options or {}).items()},
         site=load_site() if site is None else site,
         resume=resume,
         allowed=allowed,
@@ -87,10 +88,10 @@ def by_sbatch(prepared: Prepared, after: str | None = None, chain: int = 1) -> l
     Raises:
         ConfigError: Slurm refuses.
     """
-    _refuse_beside(prepared.out, after)
+    _refuse(prepared, after)
     prepared.write()
     try:
-        return _sbatch(prepared.out, prepared.folder, prepared.name, prepared.elements, after, chain)
+        return _sbatch(prepared.out, _asked(prepared), after, chain)
     except ConfigError:
         _discard_unless_submitted(prepared)
         raise
@@ -100,43 +101,50 @@ def again(out: Path, after: str | None = None, chain: int = 1) -> list[Job]:
     """Submit once more what was submitted last for an output folder, from that folder alone.
 
     Raises:
-        ConfigError: nothing was, or the folder was moved since; or Slurm refuses.
+        ConfigError: as `script_again` and `refuse_beside`; or Slurm refuses.
     """
     out = out.absolute()
     script_again(out)
-    folder = jobs.newest_folder(out)
-    if (folder / CONFIG_FILE).exists():
-        refuse_finished(config_file.load(folder / CONFIG_FILE))
-    _refuse_beside(out, after)
-    last = jobs.submitted(out)[-1]
-    return _sbatch(out, folder, last.name, last.elements, after, chain)
+    refuse_beside(out, after)
+    return _sbatch(out, jobs.submitted(out)[-1], after, chain)
 
 
 def script_again(out: Path) -> str:
     """What `again` would submit.
 
     Raises:
-        ConfigError: as `again`.
+        ConfigError: nothing was submitted, the folder was moved since, or its run is finished.
     """
     folder = jobs.newest_folder(out)
+    if (folder / CONFIG_FILE).exists():
+        refuse_finished(config_file.load(folder / CONFIG_FILE))
     text = (folder / SCRIPT_FILE).read_text(encoding="utf-8")
     if shlex.quote(str(folder)) not in text:
         raise ConfigError(
-            f"{out} was moved since it was submitted; submit it anew with {folder / 'config.yaml'} --resume --set "
-            f"output_dir={out}"
+            f"{out} was moved since it was submitted; submit it anew: lhcp submit {folder / 'config.yaml'} --resume "
+            f"--set output_dir={out}"
         )
     return text
 
 
-def _sbatch(out: Path, folder: Path, name: str, elements: int | None, after: str | None, chain: int) -> list[Job]:
-    flags = [f"--{key}={value}" for key, value in _order(out, folder, name, after, chain).items()]
+def _asked(prepared: Prepared) -> Job:
+    """What will be remembered of its jobs, but for what the submission tells: number, log and time."""
+    return Job(
+        job_id="", name=prepared.name, folder=prepared.folder, log=Path(), submitted="", template=prepared.template,
+        options=prepared.asked, trains=prepared.trains, elements=prepared.elements,
+    )  # fmt: skip
+
+
+def _sbatch(out: Path, like: Job, after: str | None, chain: int) -> list[Job]:
+    order = _order(out, like, after, chain)
+    flags = [f"--{key}={value}" for key, value in order.items()]
     done: list[Job] = []
     for _ in range(chain):
-        number = jobs.submit_script(folder / SCRIPT_FILE, flags)
+        number = jobs.submit_script(like.folder / SCRIPT_FILE, flags)
         if not done:
             forgive(out)
-        log = folder / (f"slurm-{number}_0.out" if elements else f"slurm-{number}.out")
-        done.append(_remember(out, folder, number, name, log, elements))
+        log = like.folder / (f"slurm-{number}_0.out" if like.elements else f"slurm-{number}.out")
+        done.append(_remember(out, like, number, order["job-name"], log))
     return done
 
 
@@ -155,12 +163,15 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
 
     if shutil.which("sbatch") is None:
         raise ConfigError(jobs.NO_SLURM)
-    _refuse_beside(prepared.out, after)
+    _refuse(prepared, after)
     prepared.write()
-    own = {key: value for key, value in prepared.options.items() if key not in ("output", "array")}
+    # Where the template sends no signal submitit would send USR2, which kills; this one does nothing.
+    own: Options = {"signal": "CONT@1"}
+    own |= {key: value for key, value in prepared.options.items() if key not in ("output", "array")}
     done: list[submitit.Job[int]] = []
     try:
-        order = _order(prepared.out, prepared.folder, prepared.name, after, chain)
+        like = _asked(prepared)
+        order = _order(prepared.out, like, after, chain)
         executor = submitit.SlurmExecutor(prepared.folder)
         executor.update_parameters(
             setup=[f"export PYTHONPATH={shlex.quote(str(prepared.out / CODE_FOLDER))}${{PYTHONPATH:+:$PYTHONPATH}}"],
@@ -172,13 +183,13 @@ def by_submitit(prepared: Prepared, after: str | None = None, chain: int = 1) ->
             wckey=None,
             use_srun=False,  # the script starts its own steps
         )
-        forgive(prepared.out)
         with jobs.own_environment():
             for _ in range(chain):
                 links = executor.map_array(run_script, [prepared.script] * (prepared.elements or 1))
+                if not done:
+                    forgive(prepared.out)
                 number = links[0].job_id.partition("_")[0]
-                log = links[0].paths.stdout
-                _remember(prepared.out, prepared.folder, number, prepared.name, log, prepared.elements)
+                _remember(prepared.out, like, number, order["job-name"], links[0].paths.stdout)
                 done += links
     except (RuntimeError, FailedJobError, ConfigError) as error:
         _discard_unless_submitted(prepared)
@@ -209,27 +220,38 @@ def run_script(path: Path) -> int:
     return code
 
 
-def _order(out: Path, folder: Path, name: str, after: str | None, chain: int) -> dict[str, str]:
+def _order(out: Path, like: Job, after: str | None, chain: int) -> dict[str, str]:
     """Options that put the job of a folder behind others."""
     if chain < 1:
         raise ConfigError(f"chain: given {chain}, must be at least 1")
     own = after in [job.job_id for job in jobs.submitted(out)]
     # One of the same run that was told to end has saved and says that it has not succeeded.
     dependencies = [f"{'afterany' if own else 'afterok'}:{after}"] if after else []
-    order = {"job-name": name}
+    mark = "-" + hashlib.sha256(str(out).encode()).hexdigest()[:6]
+    order = {"job-name": like.name.removesuffix(mark)}
     if chain > 1:
         # Of jobs of one name and user, one runs at a time: the name must be this run's alone.
-        order["job-name"] = f"{name}-{hashlib.sha256(str(out).encode()).hexdigest()[:6]}"
+        order["job-name"] += mark
         dependencies.append("singleton")
     if dependencies:
-        if "\n#SBATCH --dependency=" in (folder / SCRIPT_FILE).read_text(encoding="utf-8"):
+        if "\n#SBATCH --dependency=" in (like.folder / SCRIPT_FILE).read_text(encoding="utf-8"):
             raise ConfigError("--sbatch dependency: leave it out, or --after and --chain, which set it, too")
         order |= {"dependency": ",".join(dependencies), "kill-on-invalid-dep": "yes"}
     return order
 
 
-def _refuse_beside(out: Path, after: str | None) -> None:
-    """Two jobs of one run at a time would only be in each other's way."""
+def _refuse(prepared: Prepared, after: str | None) -> None:
+    if prepared.lacks_torch:
+        raise ConfigError(NO_TORCH)
+    refuse_beside(prepared.out, after)
+
+
+def refuse_beside(out: Path, after: str | None) -> None:
+    """Two jobs of one run at a time would only be in each other's way.
+
+    Raises:
+        ConfigError: there would be; or Slurm does not answer.
+    """
     if after is not None:
         jobs.check_known(after)
     submitted = jobs.submitted(out)
@@ -242,9 +264,9 @@ def _refuse_beside(out: Path, after: str | None) -> None:
         )
 
 
-def _remember(out: Path, folder: Path, number: str, name: str, log: Path, elements: int | None) -> Job:
+def _remember(out: Path, like: Job, number: str, name: str, log: Path) -> Job:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    submitted = Job(job_id=number, name=name, folder=folder, log=log, submitted=now, elements=elements)
+    submitted = like.model_copy(update={"job_id": number, "name": name, "log": log, "submitted": now})
     try:
         jobs.remember(out, [submitted])
     except OSError as error:  # nobody would know of it

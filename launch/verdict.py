@@ -34,9 +34,11 @@ from lhcp.stop import EXIT_FORCED, EXIT_REFUSED, EXIT_STOPPED
 
 FAILURES_FILE = "failures.jsonl"
 """In a run folder: one object a failure, or `{"submitted": TIME}` where somebody started the run again."""
+_NOT_HERE = (EXIT_STOPPED, EXIT_FORCED, EXIT_REFUSED)
+"""Codes after which there is no use in trying again in the same nodes."""
 _LOCK_S, _LOOK_S = 180.0, 2.0
-_EARLY = 128 + signal.SIGUSR1
-"""A process that was told to stop before it had begun to listen."""
+_EARLY = (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+"""Of processes that were told to stop before they had begun to listen."""
 
 
 def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, str]) -> str:
@@ -48,22 +50,26 @@ def next_action(config: RunConfig, out: Path, outcome: str, job: Mapping[str, st
         outcome: `start`, or an exit code.
         job: of the failure's record, such as the job's number and nodes.
     """
-    run_dir = config.output_dir
     if outcome == "start":
-        return _before(config, out)
-    code = EXIT_STOPPED if int(outcome) == _EARLY else int(outcome)
+        return _before(config, out, job)
+    code = EXIT_STOPPED if int(outcome) in _EARLY else int(outcome)
     if code in (0, EXIT_REFUSED) or is_cancelled(out):
         return f"end {code}"
+    return _after_failure(config, out, code, job)
+
+
+def _after_failure(config: RunConfig, out: Path, code: int, job: Mapping[str, str]) -> str:
+    run_dir = config.output_dir
     failure = {"time": _now(), "code": code, "step": _reached(run_dir), "saved": _saved(run_dir), **job}
     record(run_dir, failure)
     failures = in_a_row(run_dir)
     if len(failures) >= config.checkpoint.max_failures:
         _tell(crash_loop(config, out, failures))
         return "end 1"
-    return "run" if len(failures) == 1 and code not in (EXIT_STOPPED, EXIT_FORCED) else "requeue"
+    return "run" if len(failures) == 1 and code not in _NOT_HERE else "requeue"
 
 
-def _before(config: RunConfig, out: Path) -> str:
+def _before(config: RunConfig, out: Path, job: Mapping[str, str]) -> str:
     run_dir = config.output_dir
     if _saved(run_dir) == config.total_steps:
         _tell(f"the run in {run_dir} is finished: {config.total_steps} steps")
@@ -74,12 +80,13 @@ def _before(config: RunConfig, out: Path) -> str:
     if len(failures) >= config.checkpoint.max_failures:
         _tell(crash_loop(config, out, failures))
         return "end 1"
-    _wait_while_locked(run_dir)
-    return "run"
+    if _wait_while_locked(run_dir):
+        return "run"
+    return _after_failure(config, out, EXIT_REFUSED, job)
 
 
-def _wait_while_locked(run_dir: Path) -> None:
-    """File systems let go of the lock of a node that died only after a while."""
+def _wait_while_locked(run_dir: Path) -> bool:
+    """Whether the run is free: file systems let go of the lock of a node that died only after a while."""
     deadline = time.monotonic() + _LOCK_S
     told = None
     while (held := holder(run_dir)) and time.monotonic() < deadline:
@@ -87,6 +94,7 @@ def _wait_while_locked(run_dir: Path) -> None:
             _tell(f"note: {run_dir} is in use by {held}; waiting up to {_LOCK_S:g} s for it to end")
         told = held
         time.sleep(_LOOK_S)
+    return holder(run_dir) is None
 
 
 def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any]]) -> str:
@@ -101,11 +109,12 @@ def crash_loop(config: RunConfig, out: Path, failures: Sequence[Mapping[str, Any
             "       is the time limit too short for the start, or SIGUSR1 too early? with more time, go on by\n"
             "       lhcp submit CONFIG --resume --time ..."
         )
+    logs = f" and in {run_dir / 'logs'}" if (run_dir / "logs").is_dir() else ""
     return (
         f"error: {where} of {config.total_steps} failed {len(failures)} times in a row, with no new checkpoint between "
         f"(exit codes {codes}): not started again\n"
-        f"       the logs are in {run_dir / 'logs'} and beside the job's script; when the cause is mended, go on by\n"
-        f"       lhcp submit {out}"
+        f"       what was wrong is said above{logs}; when it is mended, go on by lhcp submit {out},\n"
+        f"       or, with another configuration or site file, by lhcp submit CONFIG --resume"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -34,10 +35,18 @@ app.add_typer(data_app, name="data")
 app.add_typer(launch_cli.app, name="launch")
 
 
+NO_TORCH = f"this needs PyTorch, which {sys.executable} has not: pip install torch, or use a Python that has it"
+
+
 def main() -> None:
     """Entry point: what the user can correct ends in one message on stderr and exit code 2."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(f"error: {NO_TORCH}", file=sys.stderr)
+        sys.exit(2)
     except (ConfigError, OSError) as error:
         message = str(error).replace("\n", "\n       ")  # lines of one message, aligned
         print(f"error: {message}", file=sys.stderr)
@@ -81,6 +90,8 @@ def train(
     nproc = (run.parallel.dp or 1) * run.parallel.cp
     allowed = allow_change or []
     check_files(run.resolve(nproc), resume, allowed)  # a wrong value ends here, before any process starts
+    if find_spec("torch") is None:
+        raise ConfigError(NO_TORCH)
     flags = [] if resume is None else ["--resume", resume]
     flags += [word for key in allowed for word in ("--allow-change", key)]
     raise typer.Exit(torchrun.run(config, overrides or (), nproc, flags))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def dump(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error instead of the last one winning, and 12:00:00 is text."""
+    """The safe loader, but a key given twice is an error and not the last one's, and 12:00:00 and 0123 are text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -80,7 +81,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_yaml_int(self, node: Any) -> Any:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
+        text = ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value)  # octal to YAML
+        return node.value if text else super().construct_yaml_int(node)
 
     def construct_yaml_float(self, node: Any) -> Any:
         return node.value if ":" in node.value else super().construct_yaml_float(node)

@@ -20,15 +20,18 @@ from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.config import ConfigError, RunConfig, Section, StageMode
 from lhcp.config_file import CONFIG_FILE
 from lhcp.flops import step_flops
-from lhcp.launch.jobs import JobState, newest_folder, states, submitted
+from lhcp.launch.jobs import JobEnd, JobState, ends, newest_folder, states, submitted
 from lhcp.launch.verdict import in_a_row
 from lhcp.lock import holder
 from lhcp.metrics import HELD_OUT, read_events
 from lhcp.progress import Record, read_starts, read_steps
+from lhcp.stop import EXIT_STOPPED
 
-State = Literal["waiting to start", "running", "stopped", "finished"]
-"""A run does not say that it stops, so a folder cannot tell a slow run from one that was killed."""
-_STYLES: dict[State, str] = {"waiting to start": "yellow", "running": "cyan", "stopped": "yellow", "finished": "green"}
+State = Literal["waiting to start", "starting", "running", "stopped", "failed", "finished"]
+_STYLES: dict[State, str] = {
+    "waiting to start": "yellow", "starting": "cyan", "running": "cyan", "stopped": "yellow", "failed": "red",
+    "finished": "green",
+}  # fmt: skip
 _RECENT = 20
 """Steps, or finite losses, that the mean loss and the speed are taken over."""
 _TIMED = 50
@@ -93,6 +96,8 @@ class RunStatus(Section):
     """By name of the event, in the order of the run's first evaluation."""
     jobs: list[JobState] | None
     """Slurm jobs of this run that wait or run; None where Slurm does not answer."""
+    last_end: str | None
+    """How the last of these ended, as long as Slurm knows; None, too, while there are `jobs`."""
     submitted: int
     """Slurm jobs of this run so far."""
     failures: int
@@ -114,13 +119,13 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
     losses = [record["loss"] for record in steps if record["loss"] is not None]
     checkpoint, damaged = _last_checkpoint(run_dir, now)
     saved = checkpoint is not None and checkpoint.step >= config.total_steps
-    jobs = job_states(run_dir)
+    jobs, failures = job_states(run_dir), in_a_row(run_dir)
+    end = _last_end(run_dir) if jobs == [] else None
+    failed = bool(failures) or (end is not None and end.code not in (0, EXIT_STOPPED))
     begun = bool(steps) or (jobs == [] and bool(submitted(run_dir)))
-    state: State = "running" if holder(run_dir) else "stopped" if begun else "waiting to start"
-    failures = in_a_row(run_dir)
     return RunStatus(
         run_dir=run_dir,
-        state="finished" if done >= config.total_steps and saved else state,
+        state="finished" if done >= config.total_steps and saved else _state(run_dir, jobs, begun, failed),
         step=done,
         total_steps=config.total_steps,
         stage=config.stages[stage].mode,
@@ -139,10 +144,27 @@ def read_status(run_dir: Path, now: float) -> RunStatus:
         skipped_steps=sum(None in (record["loss"], record["grad_norm"]) for record in steps),
         held_out=_held_out(run_dir, done),
         jobs=jobs,
+        last_end=f"{submitted(run_dir)[-1].job_id} {end.in_words}" if end else None,
         submitted=len(submitted(run_dir)),
         failures=len(failures),
         last_failure=_failure(failures[-1]) if failures else None,
     )
+
+
+def _state(run_dir: Path, jobs: Sequence[JobState] | None, begun: bool, failed: bool) -> State:
+    """Of a run that is not finished. One that Slurm knows nothing of does not say why it has stopped."""
+    if holder(run_dir):
+        return "running"
+    if jobs:
+        return "waiting to start" if all(job.state == "PENDING" for job in jobs) else "starting"
+    return "failed" if failed else "stopped" if begun else "waiting to start"
+
+
+def _last_end(run_dir: Path) -> JobEnd | None:
+    """How the last Slurm job of a run ended, if there was one, and Slurm still knows."""
+    with suppress(ConfigError):
+        return ends(submitted(run_dir)[-1])[0] if submitted(run_dir) else None
+    return None
 
 
 def job_states(out: Path) -> list[JobState] | None:
@@ -197,19 +219,16 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str, str]]:
         if status.jobs is None:
             yield "jobs", "Slurm does not answer here", "yellow"
         elif not status.jobs:
-            yield "jobs", f"none waits or runs; how the last one ended: lhcp logs {status.run_dir}", ""
+            last_job = f"; the last, {status.last_end}" if status.last_end else ""
+            yield "jobs", f"none waits or runs{last_job}; its log: lhcp logs {status.run_dir}", ""
         for number, job in enumerate(status.jobs or ()):
-            yield "" if number else "jobs", f"{job.job_id} {_in_words(job)}", ""
-
-
-def _in_words(job: JobState) -> str:
-    return job.state.lower() + (f" ({job.why})" if job.why else "")
+            yield "" if number else "jobs", f"{job.job_id} {job.in_words}", ""
 
 
 def holds_other_jobs(out: Path) -> bool:
     """Whether jobs of another kind than a run's write to this folder: an array's, or measurements."""
-    begun = (out / CONFIG_FILE).exists() or not submitted(out)
-    return not begun and not (newest_folder(out) / CONFIG_FILE).exists()
+    jobs = submitted(out)
+    return bool(jobs) and (jobs[-1].elements is not None or not jobs[-1].trains)
 
 
 def show_elements(out: Path, now: float) -> None:
@@ -219,17 +238,21 @@ def show_elements(out: Path, now: float) -> None:
         ConfigError: nothing was submitted from there.
     """
     folder, last = newest_folder(out), submitted(out)[-1]
-    left = {job.job_id: job for job in states(submitted(out))}
+    left = {job.job_id: job.in_words for job in states(submitted(out))}
+    ended: dict[int | None, str] = {}
+    with suppress(ConfigError):  # Slurm has forgotten
+        ended = {end.element: end.in_words for end in ends(last)}
     console = Console(highlight=False)
     if last.elements is None:
-        state = _in_words(left[last.job_id]) if last.job_id in left else "ended"
+        state = left.get(last.job_id) or ended.get(None, "ended")
         console.print(f"{out}: job {last.job_id}: {state}", soft_wrap=True)
         return
     names = (folder / "elements.txt").read_text(encoding="utf-8").splitlines()
     console.print(f"{out}: job {last.job_id}, an array of {last.elements}", soft_wrap=True)
     for number, name in enumerate(names):
-        job = left.get(f"{last.job_id}_{number}")
-        state = _in_words(job) if job else f"ended; its log: lhcp logs {out} --element {number}"
+        state = left.get(f"{last.job_id}_{number}") or (
+            f"{ended.get(number, 'ended')}; its log: lhcp logs {out} --element {number}"
+        )
         with suppress(ConfigError):  # not a run, or not begun
             run = read_status(out / name, now)
             state = f"{run.state}, step {run.step:,} of {run.total_steps:,}; {state}"

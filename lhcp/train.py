@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             tell(error)
         else:
-            time.sleep(2)  # torchrun ends every rank when one has ended: let rank 0 speak first
+            time.sleep(2)  # torchrun ends every rank of a node when one has ended: let rank 0 speak first
+            if os.environ.get("LOCAL_RANK") == "0":  # of another node, which may be the only one in trouble
+                tell(ConfigError(f"on {platform.node()}: {error}"))
         return EXIT_REFUSED
 
     try:

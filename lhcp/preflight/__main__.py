@@ -30,7 +30,7 @@ from lhcp.preflight.measure import TIMEOUT, measure_network, measure_rank, progr
 
 LARGEST_MATMUL = 16_384
 """So that products stay whole numbers which bfloat16 holds exactly: a wrong one is a fault of the device."""
-HEADER = ("node", "ranks", "TFLOP/s", "copy GB/s", "free GiB", "pairs GB/s", "")
+HEADER = ("node", "ranks", "device", "TFLOP/s", "copy GB/s", "free GiB", "pairs GB/s", "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +82,8 @@ def _main(args: argparse.Namespace, env: ProcessEnv) -> int:
         result = _result(args, ranks, pairs, total, nodes)
         on_rank_zero(lambda: _write(args.out, result))
         if env.rank == 0:
-            print(_shown(nodes, total), end="", flush=True)
+            on_gpus = any("nccl" in figures.versions for figures in ranks)
+            print(_shown(nodes, total, on_gpus), end="", flush=True)
         dist.barrier()  # torchrun ends every rank when one has ended with 1: rank 0 has spoken
     return 1 if result["exclude"] else 0
 
@@ -123,19 +124,21 @@ def _option(bad: Sequence[str]) -> str:
     return f"--exclude={','.join(bad)}"
 
 
-def _shown(nodes: Mapping[str, NodeFigures], total: SumFigures | None) -> str:
+def _shown(nodes: Mapping[str, NodeFigures], total: SumFigures | None, on_gpus: bool) -> str:
     """The table, the sum over all ranks, why nodes are bad, and the option that leaves them out."""
     rows: list[tuple[str, ...]] = [HEADER]
     for node, figures in nodes.items():
         rates = (figures.gemm_tflops, figures.copy_gb_s, figures.free_gib, figures.pair_gb_s)
         numbers = ("-" if rate is None else f"{rate:,.3g}" if rate < 100 else f"{rate:,.0f}" for rate in rates)
-        rows.append((node, str(figures.ranks), *numbers, "bad" if figures.reasons else "ok"))
+        rows.append((node, str(figures.ranks), figures.device, *numbers, "bad" if figures.reasons else "ok"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if total:
         lines.append(f"all-reduce over {total.ranks} ranks: {total.bus_gb_s:.3g} GB/s bus bandwidth")
     lines += [f"{node}: {reason}" for node, figures in nodes.items() for reason in figures.reasons]
     bad = [node for node, figures in nodes.items() if figures.reasons]
+    if not on_gpus:
+        lines.append("note: these are CPUs: PyTorch sees no GPU on any node")
     lines.append(_option(bad) if bad else f"no bad node among {len(nodes)}")
     return "\n".join(lines) + "\n"
 

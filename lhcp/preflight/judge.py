@@ -53,6 +53,7 @@ class NodeFigures:
     """A node: the slowest of its ranks, and the median of its pairs."""
 
     ranks: int = 0
+    device: str = "none"
     gemm_tflops: float | None = None
     copy_gb_s: float | None = None
     free_gib: float | None = None
@@ -78,6 +79,7 @@ def judge(
         rates = [pair.gb_s for pair in pairs if node in pair.nodes]
         nodes[node] = NodeFigures(
             ranks=len(own),
+            device=own[0].versions.get("device", "none"),
             gemm_tflops=_least(figures.gemm_tflops for figures in own),
             copy_gb_s=_least(figures.copy_gb_s for figures in own),
             free_gib=_least(figures.free_gib for figures in own),

@@ -12,8 +12,8 @@ on_nodes() {
         --rdzv-backend=c10d --rdzv-endpoint="$head:$port"
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$LHCP_ATTEMPT")
     if [ "$LHCP_NUMA_BINDING" != none ]; then agent+=(--numa-binding="$LHCP_NUMA_BINDING"); fi
-    # When the torchrun of one node has ended, the others have --wait seconds to end by themselves.
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --wait=60 --unbuffered \
+    # When the torchrun of one node has ended, the others have --wait seconds to end by themselves, with their own codes.
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --wait=60 --kill-on-bad-exit=0 --unbuffered \
         "${LHCP_SRUN[@]}" "${LHCP_PYTHON[@]}" "${agent[@]}" "$@"
 }
 

@@ -23,25 +23,29 @@ while :; do
     status=0
     answer=$(on_first_node -m lhcp.launch.verdict "$config" "$outcome") || status=$?
     end_if_told
-    if [ "$status" = 138 ]; then  # SIGUSR1 to all steps of the job, when there was nothing yet to stop
+    # SIGUSR1, or SIGTERM ahead of a preemption, to all steps of the job, when there was nothing yet to stop.
+    if [ "$status" = 138 ] || [ "$status" = 143 ]; then
         outcome=75
         continue
     fi
-    case $answer in
+    case ${answer##*$'\n'} in  # a prolog or a container may have said something before
     run)
         outcome=0
         # dp follows from the GPUs that this job has. --resume last also begins a run that has no checkpoint.
         on_nodes -m lhcp.train "$config" --resume last "${LHCP_TRAIN[@]}" || outcome=$?
         ;;
     requeue)
-        echo "requeue: job $SLURM_JOB_ID goes on later, from the last checkpoint"
+        # An element by its number in the array: the job id of one is that of the whole array, too.
+        job=$SLURM_JOB_ID
+        if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+        echo "requeue: job $job goes on later, from the last checkpoint"
         # Refused where the administrators or --no-requeue forbid it: then the next job of a chain goes on.
         until_slurm_answers
-        scontrol requeue "$SLURM_JOB_ID" ||
+        scontrol requeue "$job" ||
             echo "not requeued; the next job of a chain goes on, or: lhcp submit $LHCP_OUT" >&2
         exit 75
         ;;
-    "end "*) exit "${answer#end }" ;;
+    "end "*) exit "${answer##*end }" ;;
     *)
         echo "error: lhcp did not start on the first node, see above: python, setup or container of the site file?" >&2
         exit 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +137,16 @@ def test_the_demo_fails_when_the_model_has_not_learned(tmp_path: Path) -> None:
     assert "entropy of a byte given the one before" in result.stdout
     assert "the run failed" in result.stdout
     assert (tmp_path / "demo" / "loss.png").exists()
+
+
+def test_a_rank_of_another_node_says_what_is_wrong_there(tmp_path: Path) -> None:
+    """Rank 0 speaks for the others of its node only: what it has read, another node may not have."""
+    for local_rank, said in (
+        ("0", rf"error: on {re.escape(platform.node())}: {tmp_path}/no.yaml: no such file\n"),
+        ("1", ""),
+    ):
+        env = os.environ | {"RANK": "8", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
+        command = [sys.executable, "-m", "lhcp.train", str(tmp_path / "no.yaml")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert re.fullmatch(said, done.stderr)

@@ -73,6 +73,9 @@ _SETTINGS = {
     "SchedulerType": "sched/backfill",
     "SchedulerParameters": "sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf_interval=2,bf_continue",
     "JobRequeue": 1,
+    # Jobs of partition gpu preempt those of main, where they find no room beside them.
+    "PreemptType": "preempt/partition_prio",
+    "PreemptMode": "REQUEUE",
     "KillWait": 5,
     "MinJobAge": 3600,
     "MessageTimeout": 5,
@@ -343,9 +346,9 @@ class Cluster:
                 f"NodeName={node} NodeHostname={node} NodeAddr={addresses[node]} Port={port} Sockets=2 "
                 f"CoresPerSocket={CPUS // 2} ThreadsPerCore=1 RealMemory={MEMORY_MB} Gres=gpu:b200:{GPUS} Feature=b200"
             )
-        for partition, default in (("main", "YES"), ("gpu", "NO")):
+        for partition, rest in (("main", "Default=YES PriorityTier=1 GraceTime=30"), ("gpu", "PriorityTier=2")):
             self._fixed.append(
-                f"PartitionName={partition} Nodes=ALL Default={default} MaxTime=7-00:00:00 DefaultTime=1:00:00 State=UP"
+                f"PartitionName={partition} Nodes=ALL MaxTime=7-00:00:00 DefaultTime=1:00:00 State=UP {rest}"
             )
         self._write_conf()
 

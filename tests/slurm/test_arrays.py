@@ -13,7 +13,7 @@ from lhcp.launch import submit
 from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Request, prepare
 from slurm.cluster import Cluster
-from slurm.runs_on_slurm import SITE, Runs, losses
+from slurm.runs_on_slurm import SITE, Runs, losses, wait_for_step
 
 pytestmark = pytest.mark.usefixtures("login")
 REPOSITORY = Path(__file__).parents[2]
@@ -77,6 +77,23 @@ def test_runs_of_a_grid_through_submitit(runs: Runs, cluster: Cluster, tmp_path:
     merged = report("recoverability", recorded)
     assert merged.returncode == 0, merged.stderr
     assert "4 lighthouse, 4 dense" in merged.stdout
+
+
+def test_one_arm_goes_on_alone(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
+    """The job id of the last element to start is that of the whole array."""
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"config: {runs.config('alone-arms')}\nvary: {{seed: [1, 2]}}\n")
+    options = {"gpus-per-node": "2", "signal": "USR1@25"}
+    request = Request(template="recoverability", config=grid, out=tmp_path / "arms", options=options, site=SITE)
+    (job,) = submit.by_sbatch(prepare(request))
+    wait_for_step(tmp_path / "arms/seed=2", 3)
+    cluster.run("scancel", f"{job.job_id}_0")
+    assert cluster.job(f"{job.job_id}_1")["JobId"] == job.job_id
+    cluster.run("scancel", "--signal=USR1", f"{job.job_id}_1")
+    shown = cluster.wait(f"{job.job_id}_1", ENDED, 120)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    other = cluster.job(f"{job.job_id}_0")
+    assert (other["JobState"], other["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_preflight(cluster: Cluster, tmp_path: Path) -> None:

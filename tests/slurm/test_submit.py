@@ -125,11 +125,11 @@ def test_following_ends_with_the_code_of_the_job(cluster: Cluster, tmp_path: Pat
     assert done.stdout.endswith("here\n")
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "good"), "--follow"], env={"CODE": "0"})
     assert done.exit_code == 0
-    for name in ("failed", "good"):
+    for name, end in (("failed", "failed with exit code 3"), ("good", "completed")):
         log = CliRunner().invoke(app, ["logs", str(tmp_path / name)])
         assert (log.exit_code, log.stdout) == (0, "here\n")
         status = CliRunner().invoke(app, ["status", str(tmp_path / name)])
-        assert status.stdout.rstrip().endswith(": ended")
+        assert status.stdout.rstrip().endswith(f": {end}")
 
 
 def test_what_submitit_says_of_a_failure(cluster: Cluster, tmp_path: Path) -> None:
@@ -186,13 +186,15 @@ def test_elements_of_an_array(runs: Runs, cluster: Cluster, tmp_path: Path) -> N
         assert [cluster.wait(f"{job.job_id}_{number}", ENDED)["JobState"] for number in range(3)] == [
             "COMPLETED", "FAILED", "FAILED",
         ]  # fmt: skip
-        assert jobs.exit_code(job) == (2 if way is submit.by_sbatch else 1)
+        assert [end.code for end in jobs.ends(job)] == ([0, 1, 2] if way is submit.by_sbatch else [0, 1, 1])
         for number in range(3):
             log = CliRunner().invoke(app, ["logs", str(tmp_path / "out"), "--element", str(number)])
             assert f"element {number}\n" in log.stdout
         status = CliRunner().invoke(app, ["status", str(tmp_path / "out")])
         assert f"job {job.job_id}, an array of 3" in status.stdout
-        assert "    2  seed=3  ended; its log: lhcp logs" in status.stdout
+        assert "    0  seed=1  completed; its log: lhcp logs" in status.stdout
+        code = 2 if way is submit.by_sbatch else 1
+        assert f"    2  seed=3  failed with exit code {code}; its log: lhcp logs" in status.stdout
         request = dataclasses.replace(request, resume=True)
     wrong = CliRunner().invoke(app, ["logs", str(tmp_path / "out"), "--element", "3"])
     assert isinstance(wrong.exception, ConfigError)
@@ -206,4 +208,13 @@ def test_status_of_a_run_whose_jobs_are_gone(runs: Runs, cluster: Cluster) -> No
     cluster.run("scancel", job.job_id)
     shown = CliRunner().invoke(app, ["status", str(runs.folder / "gone")]).stdout
     assert ": stopped" in shown
-    assert f"none waits or runs; how the last one ended: lhcp logs {runs.folder}/gone" in shown
+    end = f"{job.job_id} cancelled (JobHeldUser)"
+    assert f"none waits or runs; the last, {end}; its log: lhcp logs {runs.folder}/gone" in shown
+    log = CliRunner().invoke(app, ["logs", str(runs.folder / "gone")])
+    assert str(log.exception) == f"job {job.job_id} left no log {job.log}: it is cancelled (JobHeldUser)"
+
+
+@pytest.mark.parametrize("way", [submit.by_sbatch, submit.by_submitit])
+def test_a_job_that_shall_not_be_requeued(runs: Runs, cluster: Cluster, way: object) -> None:
+    (job,) = way(held(runs, f"once {way.__name__}", **{"no-requeue": None}))
+    assert cluster.job(job.job_id)["Requeue"] == "0"

@@ -17,9 +17,11 @@ import pytest
 from lhcp import __version__
 from lhcp.launch import jobs, submit
 from lhcp.launch.prepare import prepare
+from lhcp.lock import locked
 from lhcp.progress import read_starts
 from slurm.cluster import Cluster
 from slurm.runs_on_slurm import STEPS, Runs, losses, wait_for_step
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("login")
 RANK = r"^\S+ -u -m lhcp\.train "
@@ -32,7 +34,11 @@ def start(runs: Runs, name: str, nodes: int = 2, **changes: object) -> tuple[str
     return job.job_id, runs.folder / name
 
 
-def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, expected: list[float], tmp_path: Path) -> None:
+    prolog = tmp_path / "prolog"
+    prolog.write_text("#!/bin/sh\necho print welcome\n")
+    prolog.chmod(0o755)
+    cluster.reconfigure(TaskProlog=prolog)
     job, run_dir = start(runs, "two-nodes")
     shown = cluster.wait(job, {"COMPLETED", "FAILED"})
     assert shown["JobState"] == "COMPLETED"
@@ -41,6 +47,7 @@ def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, expected: list[float])
 
 
 def test_told_to_stop_before_the_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    cluster.reconfigure(KillOnBadExit=1)
     job, run_dir = start(runs, "told")
     wait_for_step(run_dir, 23)
     cluster.run("scancel", "--signal=USR1", job)
@@ -63,6 +70,34 @@ def test_requeued_in_mid_step(runs: Runs, cluster: Cluster, expected: list[float
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert losses(run_dir) == expected
     assert [begun["lhcp"] for begun in read_starts(run_dir)] == ["of the copy", "of the copy"]
+
+
+def test_preempted(runs: Runs, cluster: Cluster, expected: list[float], tmp_path: Path) -> None:
+    """With a time of grace, at whose start Slurm sends SIGTERM to the steps alone."""
+    job, run_dir = start(runs, "preempted")
+    wait_for_step(run_dir, 23)
+    options = ("--partition=gpu", "--nodes=4", "--exclusive", f"--output={tmp_path}/out")
+    urgent = cluster.run("sbatch", "--parsable", *options, "--wrap=sleep 1").strip()
+    cluster.wait(urgent, {"COMPLETED", "FAILED"})
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 90)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    assert losses(run_dir) == expected
+    log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
+    assert "stopped by SIGTERM after step" in log
+
+
+def test_told_to_stop_before_anything_listens(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
+    run_dir = runs.folder / "early"
+    prepared = prepare(runs.request("early"))
+    run_dir.mkdir()
+    with locked(run_dir):
+        (submitted,) = submit.by_sbatch(prepared)
+        job, log = submitted.job_id, submitted.log
+        until(lambda: log.exists() and "waiting up to" in log.read_text(), 60, lambda: "nobody waits for the lock")
+        cluster.run("scancel", "--signal=TERM", job)
+        until(lambda: cluster.job(job)["Restarts"] == "1", 60, log.read_text)
+    assert cluster.wait(job, {"COMPLETED", "FAILED"}, 90)["JobState"] == "COMPLETED"
+    assert losses(run_dir) == expected
 
 
 def test_a_node_loses_power(runs: Runs, cluster: Cluster, expected: list[float]) -> None:

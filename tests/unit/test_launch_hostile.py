@@ -12,10 +12,10 @@ import pytest
 
 from golden.sbatch_rule import sbatch_options
 from golden.update import write_inputs
+from job_records import job_record
 from lhcp.config import ConfigError
 from lhcp.config.validation import validate
 from lhcp.launch import jobs
-from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Prepared, Request, prepare
 from lhcp.launch.site import Container, Site
 
@@ -112,7 +112,7 @@ def test_folders(inputs: Path, tmp_path: Path, name: str) -> None:
     assert read == [name, f"{folder}/slurm-%j.out", str(folder)]
     prepared.write()
     assert prepared.script.read_text(encoding="utf-8") == prepared.text
-    record = Job(job_id="1", name=name, folder=folder, log=folder / "slurm-1.out", submitted="now")
+    record = job_record(folder, name=name)
     jobs.remember(out, [record])
     assert jobs.submitted(out) == [record]
 
@@ -166,7 +166,7 @@ def test_values_of_the_site(inputs: Path, tmp_path: Path, value: str) -> None:
     assert printed.python == [value]
     assert printed.environment["VALUE"] == value
     assert printed.environment["NCCL_SOCKET_IFNAME"] == value
-    assert printed.environment["GLOO_SOCKET_IFNAME"] == value.lstrip("=")
+    assert printed.environment["GLOO_SOCKET_IFNAME"] == value.removeprefix("=")
 
 
 @pytest.mark.parametrize("value", ["~", "~/x", "$HOME", "/a/${USER}/b"])

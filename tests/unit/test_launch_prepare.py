@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from golden.update import write_inputs
+from job_records import job_record
 from lhcp import config_file
 from lhcp.checkpoint.folder import step_folder
 from lhcp.config import ConfigError
 from lhcp.launch import jobs
-from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Prepared, Request, prepare
+from lhcp.launch.site import Site, load_site
 from lhcp.launch.submit import again, by_sbatch
 
 TEMPLATES = "latency, preflight, recoverability, sweep, train_1m, train_98k"
@@ -236,10 +237,7 @@ def test_a_date_in_a_grid(folder: Path) -> None:
 def write_submitted(prepared: Prepared) -> None:
     """As a submission leaves it."""
     prepared.write()
-    record = Job(
-        job_id="7", name=prepared.name, folder=prepared.folder, log=prepared.folder / "slurm-7.out", submitted="now"
-    )
-    jobs.remember(prepared.out, [record])
+    jobs.remember(prepared.out, [job_record(prepared.folder)])
 
 
 def test_what_was_submitted_already(folder: Path) -> None:
@@ -299,3 +297,70 @@ def test_what_slurm_has_refused_was_not_submitted(folder: Path, monkeypatch: pyt
         by_sbatch(prepare(request(resume=True)))
     assert sorted(path.name for path in jobs_folder.iterdir()) == ["001", "jobs.jsonl"]
     assert (folder / "run" / "code" / "lhcp" / "train.py").exists()
+
+
+def test_what_goes_on_keeps_template_and_options(folder: Path) -> None:
+    options = {"nodes": "2", "time": "3:00:00", "nice": None}
+    prepared = prepare(request("train_1m", options=options))
+    prepared.write()
+    record = job_record(prepared.folder, template=prepared.template, options=prepared.asked)
+    jobs.remember(prepared.out, [record])
+    config = Path("run/jobs/001/config.yaml")
+    again = prepare(Request(config=config, resume=True, options={"time": "4:00:00"}))
+    assert again.template == "train_1m"
+    assert again.asked == options | {"time": "4:00:00"}
+    assert again.options == prepared.options | again.asked | {
+        name: again.options[name] for name in ("output", "chdir", "job-name")
+    }
+    other = prepare(Request(config=config, resume=True, template="train_98k"))
+    assert (other.options["nodes"], other.options["time"]) == ("1", "24:00:00")
+    anew = prepare(Request(config=config, out=Path("anew")))
+    assert (anew.template, anew.options["nodes"]) == ("train_98k", "1")
+
+
+@pytest.mark.parametrize(
+    ("option", "gone"),
+    [("no-requeue", "requeue"), ("mem-per-gpu", "mem"), ("mem-per-cpu", "mem"), ("oversubscribe", "exclusive")],
+)
+def test_an_option_takes_the_place_of_another(folder: Path, option: str, gone: str) -> None:
+    for changes in ({"options": {option: None}}, {"site": Site(sbatch={option: None})}):
+        options = prepare(request(**changes)).options
+        assert option in options
+        assert gone not in options
+    back = prepare(request(site=Site(sbatch={option: None}), options={gone: "x"})).options
+    assert option not in back
+    assert back[gone] == "x"
+
+
+def test_a_benchmark_has_no_batch(folder: Path) -> None:
+    overrides = ["parallel.cp=8", "parallel.dp=1", "attention.topk=48", "attention.num_strata=16", "seq_len=1440"]
+    prepared = prepare(request("latency", overrides=overrides, out=Path("out")))
+    config = config_file.load(save(folder, prepared.files["config.yaml"]))
+    assert (config.parallel.dp, config.parallel.cp, config.global_batch_size) == (None, 1, 1)
+    write_grid(folder, vary={"parallel.cp": [2, 4]}, arms={"a": {"global_batch_size": 1}})
+    prepared = prepare(request("sweep", "grid.yaml", overrides=overrides[2:], out=Path("out")))
+    for number, cp in enumerate((2, 4)):
+        config = config_file.load(save(folder, prepared.files[f"config-{number}.yaml"]))
+        assert config.resolve(8).parallel.dp == 8 // cp
+
+
+def save(folder: Path, text: str) -> Path:
+    (folder / "saved.yaml").write_text(text)
+    return folder / "saved.yaml"
+
+
+def test_a_grid_goes_on_without_its_finished_arms(folder: Path) -> None:
+    grid = request("recoverability", "grid.yaml", out=Path("out"), resume=True)
+    steps = config_file.load(folder / "run.yaml").total_steps
+    step_folder(folder / "out" / "dense", steps).mkdir(parents=True)
+    assert prepare(grid).elements == 2
+    step_folder(folder / "out" / "lighthouse", steps).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"^dense: the run in .* is finished"):
+        prepare(grid)
+
+
+def test_flags_of_a_site_file(folder: Path) -> None:
+    (folder / "site.yaml").write_text("account: 0123\nsbatch: {no-requeue: true, nice: }\nnetwork_interface: ^lo\n")
+    site = load_site(folder / "site.yaml")
+    assert site.options() == {"account": "0123", "no-requeue": None, "nice": None}
+    assert site.exports() == ["export NCCL_SOCKET_IFNAME='^lo'"]

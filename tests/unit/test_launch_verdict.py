@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from job_records import job_record
 from lhcp import config_file
 from lhcp.checkpoint.folder import step_folder
 from lhcp.config import RunConfig
 from lhcp.launch import jobs, submit, verdict
-from lhcp.launch.jobs import Job
 from lhcp.launch.verdict import FAILURES_FILE, forgive, in_a_row, next_action
 from lhcp.lock import holder
 from lhcp.progress import read_steps
@@ -67,12 +67,16 @@ def failures(run: RunConfig) -> list[dict[str, object]]:
         (75, ["requeue", "requeue", "end 1", "end 1"]),
         (1, ["run", "requeue", "end 1", "end 1"]),
         (76, ["requeue", "requeue", "end 1", "end 1"]),
+        (138, ["requeue", "requeue", "end 1", "end 1"]),
+        (143, ["requeue", "requeue", "end 1", "end 1"]),
         (137, ["run", "requeue", "end 1", "end 1"]),
     ],
 )
 def test_the_same_again_and_again(run: RunConfig, outcome: int, answers: list[str]) -> None:
     assert [ask(run, outcome) for _ in range(4)] == answers
-    assert [failure["code"] for failure in failures(run)] == ([outcome] * 4 if "end 1" in answers else [])
+    assert [failure["code"] for failure in failures(run)] == (
+        [75 if outcome in (138, 143) else outcome] * 4 if "end 1" in answers else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,8 +133,8 @@ def test_the_message_of_a_crash_loop(run: RunConfig, capsys: pytest.CaptureFixtu
     message = (
         "error: step 8 of 20 failed 3 times in a row, with no new checkpoint between (exit codes 1, 137, 1): not "
         "started again\n"
-        f"       the logs are in {folder}/logs and beside the job's script; when the cause is mended, go on by\n"
-        f"       lhcp submit {folder}\n"
+        f"       what was wrong is said above; when it is mended, go on by lhcp submit {folder},\n"
+        f"       or, with another configuration or site file, by lhcp submit CONFIG --resume\n"
     )
     assert capsys.readouterr() == ("", message)
     assert ask(run, "start") == "end 1"
@@ -159,11 +163,12 @@ def test_a_lock_that_is_let_go(
             assert other.stdout is not None
             other.stdout.readline()
             began = time.monotonic()
-            assert ask(run, "start") == "run"
+            assert ask(run, "start") == ("run" if seconds == "1" else "requeue")
             assert 0.2 < time.monotonic() - began < 10
             assert (holder(run.output_dir) is None) == (seconds == "1")
             other.kill()
         assert f"{run.output_dir} is in use by process {other.pid} on " in capsys.readouterr().err
+    assert [failure["code"] for failure in failures(run)] == [2]
     assert ask(run, "start") == "run"
     assert capsys.readouterr().err == ""
 
@@ -240,8 +245,7 @@ def test_the_message_of_an_arm_names_what_can_be_submitted(tmp_path: Path, capsy
     out = tmp_path / "out"
     assert next_action(make_run(out / "arm", max_failures=1), out, "1", {}) == "end 1"
     lines = capsys.readouterr().err.splitlines()
-    assert f"{out}/arm/logs " in lines[1]
-    assert lines[2] == f"       lhcp submit {out}"
+    assert lines[1].endswith(f"go on by lhcp submit {out},")
 
 
 def test_submitting_a_grid_again_forgives_its_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +257,7 @@ def test_submitting_a_grid_again_forgives_its_arms(tmp_path: Path, monkeypatch: 
     (folder / "job.sbatch").write_text(f"export LHCP_JOB={folder}\n")
     (folder / "elements.txt").write_text("arm\n")
     config_file.save(run, folder / "config-0.yaml")
-    jobs.remember(out, [Job(job_id="1", name="out", folder=folder, log=folder / "x", submitted="now", elements=1)])
+    jobs.remember(out, [job_record(folder, elements=1)])
     for name, script in {"sbatch": "echo 2", "squeue": ""}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)

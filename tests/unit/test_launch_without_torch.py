@@ -15,6 +15,7 @@ import lhcp
 from golden.update import GOLDEN, SITE, rendered
 from lhcp import config_file
 from lhcp.launch import grid, script
+from lhcp.launch.prepare import NO_TORCH
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WITH_TORCH = re.compile(r"(torch|triton|functorch|torchgen|nvidia|cuda|__editable__|lhcp)", re.IGNORECASE)
@@ -51,9 +52,10 @@ def python(site_packages: Path, *arguments: str | Path, cwd: Path) -> subprocess
 
 
 def lhcp_command(site_packages: Path, *arguments: str | Path, cwd: Path) -> str:
-    """What a command prints that succeeds."""
+    """What a command prints that succeeds; where no site names the Python that trains, it says so, too."""
     done = python(site_packages, "-c", MAIN, *arguments, cwd=cwd)
-    assert (done.returncode, done.stderr) == (0, "")
+    unnamed = "--dry-run" in arguments and "--site" not in arguments
+    assert (done.returncode, done.stderr) == (0, f"note: this could not be submitted here: {NO_TORCH}\n" * unnamed)
     return done.stdout
 
 
@@ -90,6 +92,16 @@ def test_sbatch_with_options(site_packages: Path, inputs: Path, tmp_path: Path) 
         "#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --nice=5", "#SBATCH --wait",
         f"#SBATCH --output={tmp_path}/run/jobs/001/slurm-%j.out", f"#SBATCH --chdir={tmp_path}/run/jobs/001",
     ]  # fmt: skip
+
+
+def test_what_needs_torch_says_so(site_packages: Path, inputs: Path, tmp_path: Path) -> None:
+    submit = ["submit", inputs / "run.yaml", "--out", "run"]
+    imported = ["import", inputs, "--to", "run"]
+    for command in (submit, ["train", inputs / "run.yaml", "--set", "output_dir=run"], imported):
+        done = python(site_packages, "-c", MAIN, *command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert re.fullmatch(r"error: (jobs would run the|this needs PyTorch, which) .*\n", done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusals(site_packages: Path, inputs: Path, tmp_path: Path) -> None:

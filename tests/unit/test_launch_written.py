@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +17,7 @@ import yaml
 
 import lhcp
 from golden.update import write_inputs
+from job_records import job_record
 from lhcp import config_file
 from lhcp.config import ConfigError
 from lhcp.files import write_checked
@@ -201,8 +204,8 @@ def test_the_python_of_jobs(folder: Path) -> None:
     assert Site(container=container, python="/opt/python").interpreter() == "/opt/python"
 
 
-def record(job: Prepared, number: str) -> Job:
-    return Job(job_id=number, name=job.name, folder=job.folder, log=job.folder / f"slurm-{number}.out", submitted="now")
+def record(job: Prepared, number: str, **changes: object) -> Job:
+    return job_record(job.folder, number, name=job.name, **changes)
 
 
 def test_records_of_jobs(folder: Path) -> None:
@@ -221,6 +224,52 @@ def test_records_of_jobs(folder: Path) -> None:
     assert [json.loads(line)["job_id"] for line in lines] == ["7", "8"]
 
 
+@pytest.mark.parametrize(
+    ("state", "code", "expected", "words"),
+    [
+        ("COMPLETED Reason=None", "0:0", 0, "completed"),
+        ("FAILED Reason=NonZeroExitCode", "2:0", 2, "failed with exit code 2"),
+        ("FAILED Reason=None", "0:9", 137, "failed with exit code 137"),
+        ("TIMEOUT Reason=TimeLimit", "0:15", 143, "timeout (TimeLimit)"),
+        ("NODE_FAIL Reason=NodeDown", "0:0", 1, "node fail (NodeDown)"),
+        ("CANCELLED Reason=DependencyNeverSatisfied", "0:0", 75, "cancelled (DependencyNeverSatisfied)"),
+    ],
+)
+def test_how_jobs_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, state: str, code: str, expected: int, words: str
+) -> None:
+    """From lines that Slurm 22.05 prints, shortened."""
+    line = f"JobId=9 ArrayJobId=7 ArrayTaskId={{}} JobName=x JobState={state} Dependency=(null) ExitCode={code} Y=1\n"
+    monkeypatch.setattr(jobs, "_slurm", lambda *_: line.format(1) + line.format(0))
+    ends = jobs.ends(job_record(folder / "jobs" / "001"))
+    assert [(end.element, end.code, end.in_words) for end in ends] == [(0, expected, words), (1, expected, words)]
+
+
+def test_records_after_a_move_and_a_full_disk(folder: Path) -> None:
+    job = prepare(run_request())
+    job.write()
+    jobs.remember(job.out, [record(job, "7")])
+    with (job.out / "jobs" / "jobs.jsonl").open("a") as file:
+        file.write('{"job_id": "8", "na')
+    moved = job.out.rename(folder / "moved")
+    (only,) = jobs.submitted(moved)
+    assert (only.job_id, only.folder, only.log) == ("7", moved / "jobs/001", moved / "jobs/001/slurm-7.out")
+
+
+def test_what_could_not_be_written_is_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(run_request())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            job.write()
+    assert not job.out.exists()
+    prepare(run_request()).write()
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_folder_that_was_moved_is_not_submitted_again(folder: Path) -> None:
     job = prepare(run_request())
     job.write()
@@ -231,7 +280,8 @@ def test_a_folder_that_was_moved_is_not_submitted_again(folder: Path) -> None:
         submit.again(moved)
     config = moved / "jobs" / "001" / "config.yaml"
     assert str(error.value) == (
-        f"{moved} was moved since it was submitted; submit it anew with {config} --resume --set output_dir={moved}"
+        f"{moved} was moved since it was submitted; submit it anew: lhcp submit {config} --resume --set "
+        f"output_dir={moved}"
     )
 
 

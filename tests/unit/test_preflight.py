@@ -101,11 +101,11 @@ def test_wrong_data_are_blamed_on_the_node_that_has_most_of_them() -> None:
 def test_the_table_ends_with_the_option() -> None:
     total = SumFigures(8, 312.4)
     nodes = judge(figures(n1={"gemm_tflops": 50.0}, n3={"failures": ["CUDA error"]}), pairs(), total, 0.8)
-    lines = _shown(nodes, total).splitlines()
-    assert lines[0].split() == ["node", "ranks", "TFLOP/s", "copy", "GB/s", "free", "GiB", "pairs", "GB/s"]
+    lines = _shown(nodes, total, True).splitlines()
+    assert lines[0].split() == ["node", "ranks", "device", "TFLOP/s", "copy", "GB/s", "free", "GiB", "pairs", "GB/s"]
     assert [line.split() for line in lines[1:3]] == [
-        ["n0", "2", "100", "50", "8", "40", "ok"],
-        ["n1", "2", "50", "50", "8", "40", "bad"],
+        ["n0", "2", "NVIDIA", "B200", "100", "50", "8", "40", "ok"],
+        ["n1", "2", "NVIDIA", "B200", "50", "50", "8", "40", "bad"],
     ]
     assert lines[5:] == [
         "all-reduce over 8 ranks: 312 GB/s bus bandwidth",
@@ -113,7 +113,11 @@ def test_the_table_ends_with_the_option() -> None:
         "n3: rank 7: CUDA error",
         "--exclude=n1,n3",
     ]
-    assert _shown(judge(figures(), [], None, 0.8), None).splitlines()[-1] == "no bad node among 4"
+    assert _shown(judge(figures(), [], None, 0.8), None, True).splitlines()[-1] == "no bad node among 4"
+    assert _shown(judge(figures(), [], None, 0.8), None, False).splitlines()[-2:] == [
+        "note: these are CPUs: PyTorch sees no GPU on any node",
+        "no bad node among 4",
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 37, 300])
