@@ -88,14 +88,17 @@ class JobEnd(Section):
     @property
     def in_words(self) -> str:
         """Such as `failed with exit code 2`."""
-        how = f" with exit code {self.code}" if self.state == "FAILED" else f" ({self.why})" if self.why else ""
-        return self.state.lower().replace("_", " ") + how
+        if self.state == "FAILED":
+            return "stopped, and saved" if self.code == EXIT_STOPPED else f"failed with exit code {self.code}"
+        return self.state.lower().replace("_", " ") + (f" ({self.why})" if self.why else "")
 
 
 def remember(out: Path, jobs: Sequence[Job]) -> None:
     """Append to the records of an output folder."""
-    with (out / JOBS_FOLDER / _RECORDS).open("a", encoding="utf-8") as file:
-        file.writelines(job.model_dump_json() + "\n" for job in jobs)
+    path = out / JOBS_FOLDER / _RECORDS
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(["\n" * torn, *(job.model_dump_json() + "\n" for job in jobs)])
 
 
 def numbers(out: Path) -> list[int]:

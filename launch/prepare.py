@@ -36,7 +36,6 @@ from lhcp.launch.snapshot import BENCHMARKS, CODE_FOLDER, copy_code
 SCRIPT_FILE = "job.sbatch"
 MARGIN_S = 30
 """Seconds that a job must have at least to train in."""
-# Of the lines themselves, not of what a file that they source does in passing.
 _ALTERNATIVES = ({"requeue", "no-requeue"}, {"mem", "mem-per-cpu", "mem-per-gpu"}, {"exclusive", "oversubscribe"})
 """Options of which one takes the place of another."""
 DEFAULT_TEMPLATE = "train_98k"
@@ -44,6 +43,7 @@ NO_TORCH = (
     "jobs would run the Python that submits, which has no torch; name the one that trains in the site file, as python: "
     "/path/of/venv/bin/python"
 )
+# Of the lines themselves, not of what a file that they source does in passing.
 _SETUP_FAILS = (
     """trap '[ ${#BASH_SOURCE[@]} -gt 1 ] || { echo "error: setup of the site file failed: $BASH_COMMAND" >&2; """
     """exit 1; }' ERR"""

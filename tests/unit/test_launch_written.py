@@ -229,6 +229,7 @@ def test_records_of_jobs(folder: Path) -> None:
     [
         ("COMPLETED Reason=None", "0:0", 0, "completed"),
         ("FAILED Reason=NonZeroExitCode", "2:0", 2, "failed with exit code 2"),
+        ("FAILED Reason=NonZeroExitCode", "75:0", 75, "stopped, and saved"),
         ("FAILED Reason=None", "0:9", 137, "failed with exit code 137"),
         ("TIMEOUT Reason=TimeLimit", "0:15", 143, "timeout (TimeLimit)"),
         ("NODE_FAIL Reason=NodeDown", "0:0", 1, "node fail (NodeDown)"),
@@ -254,6 +255,8 @@ def test_records_after_a_move_and_a_full_disk(folder: Path) -> None:
     moved = job.out.rename(folder / "moved")
     (only,) = jobs.submitted(moved)
     assert (only.job_id, only.folder, only.log) == ("7", moved / "jobs/001", moved / "jobs/001/slurm-7.out")
+    jobs.remember(moved, [record(job, "9")])
+    assert [job.job_id for job in jobs.submitted(moved)] == ["7", "9"]
 
 
 def test_what_could_not_be_written_is_taken_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
