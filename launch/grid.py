@@ -48,6 +48,15 @@ class Element:
     """KEY=VALUE, as --set takes them."""
 
 
+def is_grid(path: Path) -> bool:
+    """Whether a YAML file is a grid and not a run's configuration.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    return "config" in config_file.read_mapping(path)
+
+
 def load(path: Path) -> tuple[Path, list[Element]]:
     """Read a grid file: the common configuration, and the elements in order.
 

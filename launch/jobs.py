@@ -114,7 +114,9 @@ def newest_folder(out: Path) -> Path:
         ConfigError: there is none.
     """
     if not (done := submitted(out)):
-        raise ConfigError(f"{out}: nothing was submitted from there; submit a configuration: lhcp submit CONFIG")
+        of_array = bool(submitted(out.parent))
+        remedy = f"name {out.parent}, whose job it is" if of_array else "submit a configuration: lhcp submit CONFIG"
+        raise ConfigError(f"{out}: nothing was submitted from there; {remedy}")
     return done[-1].folder
 
 

@@ -253,6 +253,10 @@ def _configs(template: Script, request: Request) -> dict[str, RunConfig]:
     if request.config is None:
         wanted = "a grid" if template.needs == "grid" else "a run's configuration"
         raise ConfigError(f"template {template.name} needs {wanted} (a YAML file)")
+    is_grid = grid.is_grid(request.config)
+    if is_grid != (template.needs == "grid"):
+        kind, takes = ("a grid", "one run's configuration") if is_grid else ("one run's configuration", "a grid")
+        raise ConfigError(f"{request.config} is {kind}, and template {template.name} takes {takes}; see --template")
     if template.needs == "config":
         out = [] if request.out is None else [_output_dir(request.out)]
         return {"config": _absolute(config_file.load(request.config, [*request.overrides, *out]))}
@@ -361,7 +365,7 @@ def _next_number(out: Path, resume: bool) -> int:
     if submitted(out) and not resume:
         raise ConfigError(
             f"{out} has been submitted already; `lhcp submit {out}` submits the same once more, --resume this one "
-            f"beside it, and another output_dir starts anew"
+            f"beside it, and another output_dir or --out starts anew"
         )
     return max(taken, default=0) + 1
 

@@ -74,7 +74,8 @@ def parse(text: str, path: Path) -> Script:
     needs = next((match for line in lines if (match := _NEEDS.fullmatch(line))), None)
     if not numbers or needs is None:
         raise ConfigError(
-            f"{path} is no job template: it has no #SBATCH lines, or no line '#LHCP needs=... trains=...'"
+            f"{path} is no job template: it must have #SBATCH lines and a line '#LHCP needs=config trains=yes' (needs: "
+            "config, grid or nothing; trains: yes or no)"
         )
     first, last = numbers[0], numbers[-1]
     options: Options = {}

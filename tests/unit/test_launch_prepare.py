@@ -161,6 +161,11 @@ def test_just_enough_time(folder: Path) -> None:
         ({"template": "preflight"}, "template preflight takes no configuration; leave run.yaml out"),
         ({"template": "preflight", "config": None}, "template preflight: say where results go with --out"),
         ({"template": "latency"}, "template latency: say where results go with --out"),
+        ({"template": "sweep"}, "run.yaml is one run's configuration, and template sweep takes a grid; see --template"),
+        (
+            {"config": "grid.yaml"},
+            "grid.yaml is a grid, and template train_98k takes one run's configuration; see --template",
+        ),
         (
             {"template": "sweep", "config": "grid.yaml"},
             "template sweep writes many results; say where with --out",
@@ -245,7 +250,7 @@ def test_what_was_submitted_already(folder: Path) -> None:
     run = folder / "run"
     assert refusal() == (
         f"{run} has been submitted already; `lhcp submit {run}` submits the same once more, --resume this one beside "
-        f"it, and another output_dir starts anew"
+        f"it, and another output_dir or --out starts anew"
     )
     again = prepare(request(resume=True))
     assert again.folder == run / "jobs" / "002"

@@ -23,7 +23,10 @@ SLURM = REPOSITORY / "slurm"
 NAMES = ["latency", "preflight", "recoverability", "sweep", "train_1m", "train_98k"]
 FILES = [*sorted(SLURM.glob("*.sbatch")), *sorted((SLURM / "lib").glob("*.sh")), *sorted(GOLDEN.glob("*.sbatch"))]
 OPTION_LINE = "must be '#SBATCH --name=value' with a comment or without, and no other lines between the options"
-NO_LINES = "is no job template: it has no #SBATCH lines, or no line '#LHCP needs=... trains=...'"
+NO_LINES = (
+    "is no job template: it must have #SBATCH lines and a line '#LHCP needs=config trains=yes' (needs: config, grid or "
+    "nothing; trains: yes or no)"
+)
 needs_shellcheck = pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 
 
@@ -123,6 +126,7 @@ def test_a_template_does_not_run_by_itself() -> None:
     [
         ("echo hi\n", NO_LINES),
         ("#SBATCH --nodes=1\n", NO_LINES),
+        ("#LHCP needs=foo trains=no\n#SBATCH --nodes=1\n", NO_LINES),
         (
             "#LHCP needs=nothing trains=no\n#SBATCH --nodes=1\n# between\n#SBATCH --time=5\n",
             f", line 3: {OPTION_LINE}",

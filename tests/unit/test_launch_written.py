@@ -220,6 +220,8 @@ def test_records_of_jobs(folder: Path) -> None:
     jobs.remember(out, [record(job, "8")])
     assert jobs.submitted(out) == [record(job, "7"), record(job, "8")]
     assert jobs.newest_folder(out) == job.folder
+    with pytest.raises(ConfigError, match=rf"nothing was submitted from there; name {out}, whose job it is$"):
+        jobs.newest_folder(out / "arm")
     lines = (out / "jobs" / "jobs.jsonl").read_text().splitlines()
     assert [json.loads(line)["job_id"] for line in lines] == ["7", "8"]
 
