@@ -135,10 +135,10 @@ def _shown(nodes: Mapping[str, NodeFigures], total: SumFigures | None, on_gpus: 
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if total:
         lines.append(f"all-reduce over {total.ranks} ranks: {total.bus_gb_s:.3g} GB/s bus bandwidth")
-    lines += [f"{node}: {reason}" for node, figures in nodes.items() for reason in figures.reasons]
-    bad = [node for node, figures in nodes.items() if figures.reasons]
     if not on_gpus:
         lines.append("note: these are CPUs: PyTorch sees no GPU on any node")
+    lines += [f"{node}: {reason}" for node, figures in nodes.items() for reason in figures.reasons]
+    bad = [node for node, figures in nodes.items() if figures.reasons]
     lines.append(_option(bad) if bad else f"no bad node among {len(nodes)}")
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from lhcp.launch.jobs import Job
 from lhcp.launch.prepare import Request, prepare
 from slurm.cluster import Cluster
 from slurm.runs_on_slurm import SITE, Runs, losses, wait_for_step
+from waiting import until
 
 pytestmark = pytest.mark.usefixtures("login")
 REPOSITORY = Path(__file__).parents[2]
@@ -90,8 +91,10 @@ def test_one_arm_goes_on_alone(runs: Runs, cluster: Cluster, tmp_path: Path) -> 
     cluster.run("scancel", f"{job.job_id}_0")
     assert cluster.job(f"{job.job_id}_1")["JobId"] == job.job_id
     cluster.run("scancel", "--signal=USR1", f"{job.job_id}_1")
-    shown = cluster.wait(f"{job.job_id}_1", ENDED, 120)
-    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
+    log = job.log_of(1)
+    until(lambda: cluster.job(f"{job.job_id}_1")["Restarts"] == "1", 60, log.read_text)
+    assert cluster.wait(f"{job.job_id}_1", {"RUNNING", *ENDED})["JobState"] == "RUNNING"
+    until(lambda: "resumed from" in log.read_text(), 60, log.read_text)
     other = cluster.job(f"{job.job_id}_0")
     assert (other["JobState"], other["Restarts"]) == ("CANCELLED", "0")
 
