@@ -21,7 +21,7 @@ SITE = Site(gpus="--gres=gpu:b200:{n}", partition="main", env=_ENV)
 
 
 class Runs:
-    """Makes runs of one configuration in a folder, two ranks that share each sequence.
+    """Makes runs of one configuration in a folder, `dp` times two ranks that share each sequence.
 
     Args:
         folder: for data and runs.
@@ -31,27 +31,28 @@ class Runs:
         self.folder = folder
         self.data = write_data(folder)
 
-    def config(self, name: str, **changes: Any) -> Path:
+    def config(self, name: str, dp: int = 1, **changes: Any) -> Path:
         """Write the configuration of a run in the folder of that name."""
         stages = [{"mode": "lighthouse", "steps": STEPS}, {"mode": "dense", "steps": STEPS}]
         checkpoint = {"every": 10, "stop_timeout_s": 20}
-        values = {"stages": stages, "checkpoint": checkpoint, "output_dir": self.folder / name, "global_batch_size": 1}
-        config = make_config(self.data, 1, 2, **(values | changes))
+        values = {"stages": stages, "checkpoint": checkpoint, "output_dir": self.folder / name, "global_batch_size": dp}
+        config = make_config(self.data, dp, 2, **(values | changes))
         path = self.folder / f"{name}.yaml"
         path.unlink(missing_ok=True)
         config_file.save(config, path)
         return path
 
-    def request(self, name: str, nodes: int = 2, **changes: Any) -> Request:
-        """As what the run is submitted: a rank on each of two nodes, or both on one."""
-        options = {"nodes": str(nodes), "gpus-per-node": str(2 // nodes), "signal": "USR1@25"}
-        return Request(template="train_1m", config=self.config(name, **changes), options=options, site=SITE)
+    def request(self, name: str, nodes: int = 2, dp: int = 1, **changes: Any) -> Request:
+        """As what the run is submitted: its ranks on so many nodes."""
+        options = {"nodes": str(nodes), "gpus-per-node": str(2 * dp // nodes), "signal": "USR1@25"}
+        return Request(template="train_1m", config=self.config(name, dp, **changes), options=options, site=SITE)
 
-    def losses_alone(self, **changes: Any) -> list[float]:
+    def losses_alone(self, dp: int = 1) -> list[float]:
         """Of the same run without Slurm, and without an interruption."""
-        path = self.config("alone", **changes)
-        assert run_to_end(2, [str(path)], self.folder / "alone.out") == [0, 0]
-        return losses(self.folder / "alone")
+        name = f"alone-{dp}"
+        path = self.config(name, dp)
+        assert run_to_end(2 * dp, [str(path)], self.folder / f"{name}.out") == [0] * 2 * dp
+        return losses(self.folder / name)
 
 
 def losses(run_dir: Path) -> list[float]:

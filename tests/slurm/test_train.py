@@ -34,16 +34,17 @@ def start(runs: Runs, name: str, nodes: int = 2, **changes: object) -> tuple[str
     return job.job_id, runs.folder / name
 
 
-def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, expected: list[float], tmp_path: Path) -> None:
+def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, tmp_path: Path) -> None:
+    """As that of 1M tokens: the ranks of a node share a sequence, and each node has its own."""
     prolog = tmp_path / "prolog"
     prolog.write_text("#!/bin/sh\necho print welcome\n")
     prolog.chmod(0o755)
     cluster.reconfigure(TaskProlog=prolog)
-    job, run_dir = start(runs, "two-nodes")
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"})
+    job, run_dir = start(runs, "two-nodes", dp=2)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 120)
     assert shown["JobState"] == "COMPLETED"
-    assert shown["NumNodes"] == "2"
-    assert losses(run_dir) == expected
+    assert (shown["NumNodes"], shown["TresPerNode"]) == ("2", "gres:gpu:b200:2")
+    assert losses(run_dir) == runs.losses_alone(dp=2)
 
 
 def test_told_to_stop_before_the_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
