@@ -138,7 +138,7 @@ class Watchdog:
             if backend is not None:  # last: it can hang with the CUDA driver, and no Python runs then
                 _within(_WRITE_LIMIT_S, lambda: self._write_collectives(backend))
             time.sleep(_GRACE * self._tick_s)
-        except Exception:
+        except (OSError, RuntimeError):  # of stderr, or of torch.distributed while it breaks down
             traceback.print_exc()
         finally:
             os._exit(EXIT_HUNG)
