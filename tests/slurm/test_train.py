@@ -55,6 +55,8 @@ def test_told_to_stop_before_the_limit(runs: Runs, cluster: Cluster, expected: l
     shown = cluster.wait(job, {"COMPLETED", "FAILED"})
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert losses(run_dir) == expected
+    # The site's default did not end the other node when the first had saved.
+    assert "Terminating StepId" not in (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
 
 
 def test_requeued_in_mid_step(runs: Runs, cluster: Cluster, expected: list[float]) -> None:
