@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lhcp.attention.lighthouse import lighthouse_attention
-from lhcp.attention.selection import select
-from lhcp.attention.tape import taped
 from lhcp.config import LighthouseConfig
 from lhcp.distributed import ContextParallel
 
@@ -25,6 +23,4 @@ class LayerAttention:
         """Attention of `layer` over this rank's shards; shapes as in `ContextParallel.attend`."""
         if self.lighthouse is None or layer in self.dense_layers:
             return self.context_parallel.attend(q, k, v)
-        config, cp = self.lighthouse, self.context_parallel
-        selection = taped(lambda: select(q, k, config, v=v, context_parallel=cp))
-        return lighthouse_attention(q, k, v, config, selection=selection, context_parallel=cp)
+        return lighthouse_attention(q, k, v, self.lighthouse, context_parallel=self.context_parallel)

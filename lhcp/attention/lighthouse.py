@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lhcp.attention.selection import Selection, select
+from lhcp.attention.selection import Selection, select, select_from_bits
+from lhcp.attention.tape import record, recorded
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel, check_shapes
-from lhcp.kernels.lighthouse import reference
+from lhcp.kernels.lighthouse import PyramidShape, kernels_for, reference
 
 
 def lighthouse_attention(
@@ -40,25 +41,34 @@ def lighthouse_attention(
         ConfigError: a broken constraint, or a selection of another sequence or rank.
     """
     cp = context_parallel or ContextParallel()
-    levels, p, chunks = cfg.num_levels, cfg.pooling_factor, len(cp.chunks)
-
     check_shapes(q, k, v)
+    seq_len, chunks = q.shape[1] * cp.size, len(cp.chunks)
+    kernels = kernels_for(q)
+    sel = recorded() if selection is None else selection
+    if sel is None:
+        cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
+    else:
+        _check(sel, q, k, cfg, cp)
+    shape = PyramidShape(q.shape[1], cfg.num_levels, cfg.pooling_factor)
 
-    # 1-3. Score and select.
-    sel = select(q, k, cfg, v=v, context_parallel=cp) if selection is None else selection
-    _check(sel, q, k, cfg, cp)
+    # 1-2. Pool, and score in the same pass over q and k.
+    pooled, bits = kernels.pool(q, k, v, shape, scores=sel is None and cfg.scorer == "norm")
 
-    # 4-5. Gather the entries of every pyramid, in order, and attend.
+    # 3-4. Select, in order of (end, level); a recomputed forward pass takes what the first one selected.
+    if sel is None:
+        if bits is None:
+            sel = record(select(q, k, cfg, v=v, context_parallel=cp))
+        else:
+            sel = record(select_from_bits(bits, cfg, seq_len, cp, kernels))
     rows, inverse = sel.rows, sel.inverse
-    q_sub, k_sub, v_sub = (reference.gather(reference.pool(x, levels, p), rows, inverse) for x in (q, k, v))
-    out_sub = cp.attend(q_sub, k_sub, v_sub)
 
-    # 6. Scatter back: rows by entry, then each position takes its entries' rows. What a chunk's last
-    # entries write past its end reaches the next chunk through the halo.
-    out_by_entry = reference.gather(out_sub, inverse, rows)
-    sizes = sel.pyramid.sizes
-    halo = cp.halo(reference.last_rows(out_by_entry, sizes, chunks))
-    return reference.scatter_back(out_by_entry, sizes, chunks, p, halo)
+    # 5. Gather the entries of every pyramid and attend.
+    out_sub = cp.attend(*kernels.gather((q, k, v), pooled, rows, inverse, shape))
+
+    # 6. Scatter back: each position takes its entries' rows. What a chunk's last entries write past its end
+    # reaches the next chunk through the halo.
+    halo = cp.halo(reference.last_rows(out_sub, inverse, shape, chunks)) if cp.size > 1 else None
+    return kernels.scatter_back(out_sub, rows, inverse, shape, chunks, halo)
 
 
 def _check(sel: Selection, q: Tensor, k: Tensor, cfg: LighthouseConfig, cp: ContextParallel) -> None:

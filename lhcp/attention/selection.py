@@ -13,11 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lhcp.attention.pyramid import PyramidShape
-from lhcp.attention.scoring import dilated_scores, norm_scores
+from lhcp.attention.scoring import dilated_rows
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel, check_shapes
-from lhcp.kernels.lighthouse import reference
+from lhcp.kernels.lighthouse import Bits, Kernels, PyramidShape, kernels_for, reference
 
 
 @dataclass(frozen=True)
@@ -69,27 +68,37 @@ class Selection:
     @property
     def pyramid(self) -> PyramidShape:
         """The pyramid over the tokens that are held, level by level."""
-        length = self.seq_len // self.num_chunks * len(self.chunks)
-        return PyramidShape(length, self.config.num_levels, self.config.pooling_factor)
+        return _pyramid(self.config, self.seq_len // self.num_chunks * len(self.chunks))
 
     @cached_property
     def rows(self) -> Tensor:
-        """`entries` as rows of `pyramid`: int64 [B, G, S held]."""
-        config = self.config
-        level, index = PyramidShape(self.seq_len, config.num_levels, config.pooling_factor).unflatten(self.entries)
-        per_chunk = torch.tensor([size // len(self.chunks) for size in self.pyramid.sizes], device=level.device)
-        place = torch.full((self.num_chunks,), -1, device=level.device)
-        place[list(self.chunks)] = torch.arange(len(self.chunks), device=level.device)
-        chunk = index // per_chunk[level]
-        return self.pyramid.flatten(level, index + (place[chunk] - chunk) * per_chunk[level])
+        """`entries` as rows of `pyramid`: int32 [B, G, S held], contiguous."""
+        return self._renumbered(self.entries, to_held=True)
 
     @cached_property
     def inverse(self) -> Tensor:
-        """The slot of each row of `pyramid`, or -1: int64 [B, G, rows held]."""
-        rows = self.rows
-        slots = torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)
-        unselected = rows.new_full((*rows.shape[:2], self.pyramid.offsets[-1]), -1)
-        return unselected.scatter_(-1, rows, slots)
+        """The slot of each row of `pyramid`, or -1: int32 [B, G, rows held], contiguous."""
+        return reference.invert(self.rows, self.pyramid.offsets[-1])
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, config: LighthouseConfig, seq_len: int, cp: ContextParallel) -> Selection:
+        """From rows of the pyramid that `cp`'s rank holds, int32 [B, G, S held]."""
+        selection = cls(rows, config, seq_len, cp.chunks, cp.layout.num_chunks)
+        return replace(selection, entries=selection._renumbered(rows, to_held=False))
+
+    def _renumbered(self, flat: Tensor, *, to_held: bool) -> Tensor:
+        """Flat indices of the whole sequence's pyramid -> of the held one, or back."""
+        if len(self.chunks) == self.num_chunks:
+            return flat.contiguous()
+        whole = _pyramid(self.config, self.seq_len)
+        source, target = (whole, self.pyramid) if to_held else (self.pyramid, whole)
+        level, index = source.unflatten(flat)
+        per_chunk = self.seq_len // self.num_chunks // self.config.pooling_factor**level
+        chunk = index // per_chunk
+        for place, number in enumerate(self.chunks):
+            before, after = (number, place) if to_held else (place, number)
+            index = index + (chunk == before) * (after - before) * per_chunk
+        return target.flatten(level, index).to(torch.int32)
 
 
 @torch.no_grad()
@@ -122,14 +131,16 @@ def select(
     q = q if score_q is None else score_q
     k = k if score_k is None else score_k
     check_shapes(q, k, v if v is not None and cfg.scorer == "dilated" else k)
-    if cfg.scorer == "norm":
-        scores = norm_scores(q, k)
-    elif v is None:
-        raise ConfigError("scorer 'dilated' needs v: call select(q, k, cfg, v=v)")
-    else:
-        cfg = cfg.resolve(q.shape[1] * cp.size, cp.layout.num_chunks)
-        scores = dilated_scores(q, k, v, cfg.dilation, cp)
-    return select_from_scores(*scores, cfg, context_parallel=cp)
+    seq_len = q.shape[1] * cp.size
+    cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
+    rows = (q, k)
+    if cfg.scorer == "dilated":
+        if v is None:
+            raise ConfigError("scorer 'dilated' needs v: call select(q, k, cfg, v=v)")
+        rows = dilated_rows(q, k, v, cfg.dilation, cp)
+    kernels, shape, groups = kernels_for(q), _pyramid(cfg, q.shape[1]), k.shape[2]
+    bits = (kernels.score(rows[0], groups, shape), kernels.score(rows[1], groups, shape))
+    return select_from_bits(bits, cfg, seq_len, cp, kernels)
 
 
 @torch.no_grad()
@@ -147,20 +158,28 @@ def select_from_scores(
     if query_scores.shape != key_scores.shape:
         raise ConfigError(f"query scores {tuple(query_scores.shape)} and key scores {tuple(key_scores.shape)} differ")
     query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_scores, key_scores))
-    if cfg.check_finite and not (query.isfinite().all() and key.isfinite().all()):
-        raise FloatingPointError("a selection score is not finite: the model's activations have diverged")
+    shape = _pyramid(cfg, query.shape[-1])
+    bits = (reference.score_bits(query, shape), reference.score_bits(key, shape))
+    return select_from_bits(bits, cfg, seq_len, cp, kernels_for(query))
 
-    stratum_len = seq_len // cfg.strata
-    strata = torch.cat([torch.arange(a, b, device=query_scores.device) for a, b in cp.layout.runs(cp.rank, cfg.strata)])
-    level, index = reference.select_entries(
-        reference.score_bits(query).unflatten(-1, (-1, stratum_len)),
-        reference.score_bits(key).unflatten(-1, (-1, stratum_len)),
-        cfg.num_levels,
-        cfg.pooling_factor,
-        cfg.topk // cfg.strata,
-        (strata == 0) & cfg.cover_prefix,
-    )
-    index = index + strata.view(-1, 1) * (stratum_len // cfg.pooling_factor**level)
-    pyramid = PyramidShape(seq_len, cfg.num_levels, cfg.pooling_factor)
-    entries = pyramid.flatten(level, index).flatten(2).to(torch.int32)
-    return Selection(entries, cfg, seq_len, cp.chunks, cp.layout.num_chunks)
+
+@torch.no_grad()
+def select_from_bits(
+    bits: Bits, cfg: LighthouseConfig, seq_len: int, cp: ContextParallel, kernels: Kernels
+) -> Selection:
+    """The selection of given score bits (see `reference.score_bits`), for a resolved `cfg`; see `select`."""
+    query_bits, key_bits = bits
+    if cfg.check_finite:
+        infinity = torch.tensor(torch.inf, dtype=torch.float64 if query_bits.dtype == torch.int64 else torch.float32)
+        largest = torch.stack([query_bits.max(), key_bits.max()]).max()
+        if int(largest) >= int(infinity.view(query_bits.dtype)):
+            raise FloatingPointError("a selection score is not finite: the model's activations have diverged")
+    shape = _pyramid(cfg, seq_len // cp.size)
+    cover = cfg.cover_prefix and 0 in cp.chunks  # the first stratum of all is then the first held
+    rows = kernels.select(query_bits, key_bits, shape, cfg.strata // cp.size, cfg.topk // cfg.strata, cover)
+    return Selection.of_rows(rows, cfg, seq_len, cp)
+
+
+def _pyramid(cfg: LighthouseConfig, length: int) -> PyramidShape:
+    """The pyramid over `length` tokens."""
+    return PyramidShape(length, cfg.num_levels, cfg.pooling_factor)

@@ -6,7 +6,7 @@ between the two runs, could choose other entries: gradients of something that wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -21,13 +21,15 @@ class SelectionTape:
         self._selections: list[Selection] = []
         self._replayed: int | None = None
 
-    def next(self, make: Callable[[], Selection]) -> Selection:
-        """The next selection: made and kept in the forward pass, kept ones again in the recomputation."""
+    def record(self, selection: Selection) -> None:
+        """Keep a selection of the forward pass."""
+        # A copy without what `selection` derives and caches from its entries: those alone are kept for backward.
+        self._selections.append(replace(selection))
+
+    def next(self) -> Selection | None:
+        """The next kept selection, in the recomputation; None in the forward pass."""
         if self._replayed is None:
-            selection = make()
-            # A copy without what `selection` derives and caches from its entries: those alone are kept for backward.
-            self._selections.append(replace(selection))
-            return selection
+            return None
         self._replayed += 1
         return self._selections[self._replayed - 1]
 
@@ -63,7 +65,15 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     return tape.recording(), tape.replaying()
 
 
-def taped(make: Callable[[], Selection]) -> Selection:
-    """`make()`, or the active tape's next selection."""
+def recorded() -> Selection | None:
+    """What the forward pass selected here, in a recomputation; else None."""
     tape = _tape.get()
-    return make() if tape is None else tape.next(make)
+    return None if tape is None else tape.next()
+
+
+def record(selection: Selection) -> Selection:
+    """`selection`, kept for the recomputation if there will be one."""
+    tape = _tape.get()
+    if tape is not None:
+        tape.record(selection)
+    return selection

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from lhcp.kernels.lighthouse import reference
+from lhcp.kernels.lighthouse import PyramidShape, reference
 
 
 def test_a_position_sums_its_rows_before_it_rounds() -> None:
@@ -22,12 +24,14 @@ def test_a_position_sums_its_rows_before_it_rounds() -> None:
             entry = (inside + 1) // 2**level - 1
             per_chunk = chunk_len // 2**level
             expected[:, t] += before[chunk, level - 1] if entry < 0 else levels[level][:, chunk * per_chunk + entry]
-    out = reference.scatter_back(rows, sizes, 2, 2, before)
+    every_row = torch.arange(sum(sizes), dtype=torch.int32).expand(1, 1, -1)  # gathered all, so slots are rows
+    out = reference.scatter_back(rows, every_row, every_row, PyramidShape(16, 3, 2), 2, before)
     assert torch.equal(out, expected.bfloat16())
 
 
-def test_negative_zero_ties_with_zero() -> None:
-    zeros = torch.tensor([0.0, -0.0, 1e-45])
-    for scores in (zeros, zeros.double()):
-        bits = reference.score_bits(scores).tolist()
-        assert bits[0] == bits[1] == 0 < bits[2]
+def test_signs_do_not_count() -> None:
+    """-0.0 ties with 0, and a NaN lies above inf whatever its sign."""
+    for dtype in (torch.float32, torch.float64):
+        scores = torch.tensor([0.0, -0.0, 1e-45, math.inf, math.nan, -math.nan], dtype=dtype).repeat_interleave(2)
+        bits = reference.score_bits(scores.view(1, 1, -1), PyramidShape(12, 2, 2)).flatten().tolist()
+        assert bits[0] == bits[1] == 0 < bits[2] < bits[3] < bits[4] == bits[5]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lhcp.attention import LighthouseConfig, lighthouse_attention, select, select_from_scores
-from lhcp.attention.scoring import dilated_scores
+from lhcp.attention.scoring import dilated_rows
 from lhcp.config import ConfigError
 from lhcp.distributed import ContextParallel
+from lhcp.kernels.lighthouse import reference
 
 N, HEADS, KV_HEADS, WIDTH, DILATION = 48, 4, 2, 5, 4
 
@@ -31,6 +32,10 @@ def attend_in_loops(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def dilated_scores(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    return [reference.row_norms(x, KV_HEADS) for x in dilated_rows(q, k, v, DILATION, ContextParallel())]
+
+
 def test_dilated_scores_are_their_definition() -> None:
     """Tokens of equal remainder mod 4 attend among themselves, per query head; a KV head stacks its heads' rows."""
     q, k, v = tensors()
@@ -45,14 +50,14 @@ def test_dilated_scores_are_their_definition() -> None:
                 squares[0, b, group, start::DILATION] += out.square().sum(-1)
                 swapped = attend_in_loops(keys, queries, values)
                 squares[1, b, group, start::DILATION] += swapped.square().sum(-1)
-    for scores, expected in zip(dilated_scores(q, k, v, DILATION, ContextParallel()), squares, strict=True):
+    for scores, expected in zip(dilated_scores(q, k, v), squares, strict=True):
         torch.testing.assert_close(scores, expected.sqrt(), rtol=1e-12, atol=0)
 
 
 def test_scorer_dilated_is_used() -> None:
     config = LighthouseConfig(num_levels=2, pooling_factor=2, topk=8, num_strata=2, scorer="dilated")
     q, k, v = tensors()
-    expected = select_from_scores(*dilated_scores(q, k, v, DILATION, ContextParallel()), config)
+    expected = select_from_scores(*dilated_scores(q, k, v), config)
     assert torch.equal(select(q, k, config, v=v).entries, expected.entries)
     by_norm = select(q, k, config.model_copy(update={"scorer": "norm"}))
     assert not torch.equal(by_norm.entries, expected.entries)

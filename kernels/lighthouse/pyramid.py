@@ -31,11 +31,15 @@ class PyramidShape:
         return [0, *accumulate(self.sizes)]
 
     def flatten(self, level: Tensor, index: Tensor) -> Tensor:
-        """Flat index of entries (level, index), int64."""
-        return torch.tensor(self.offsets, device=level.device)[level] + index
+        """Flat index of entries (level, index)."""
+        # Sums, not a table: making a tensor from numbers would wait for the GPU.
+        for finer, size in enumerate(self.sizes[:-1]):
+            index = index + (level > finer) * size
+        return index
 
     def unflatten(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """(level, index) of flat indices, int64."""
-        offsets = torch.tensor(self.offsets, device=flat.device)
-        level = torch.bucketize(flat.long(), offsets[1:-1], right=True)
-        return level, flat - offsets[level]
+        level, index = torch.zeros_like(flat, dtype=torch.int64), flat.long()
+        for offset, size in zip(self.offsets[1:-1], self.sizes[:-1], strict=True):
+            level, index = level + (flat >= offset), index - (flat >= offset) * size
+        return level, index

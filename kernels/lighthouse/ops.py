@@ -1,0 +1,289 @@
+"""The Triton kernels as torch ops `lhcp::*`, and on them the functions of `reference`, name by name.
+
+They are opaque to torch.compile, which needs no graph break for them, and carry their own gradients. float16,
+bfloat16 and float32; sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lhcp.kernels.lighthouse import gather as gather_kernels
+from lhcp.kernels.lighthouse import pool as pool_kernels
+from lhcp.kernels.lighthouse import select as select_kernels
+from lhcp.kernels.lighthouse.pyramid import PyramidShape
+from lhcp.kernels.lighthouse.reference import Bits, Triple
+from lhcp.kernels.lighthouse.tile import first_stored
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _rows_in_memory(x: Tensor) -> Tensor:
+    """`x`, its rows contiguous: kernels take any strides but the last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_bits(x: Tensor, num_kv_heads: int, entries: int) -> Tensor:
+    return x.new_empty(x.shape[0], num_kv_heads, entries, dtype=torch.int32)
+
+
+# --- pool and score ---
+
+
+@torch.library.custom_op("lhcp::pool", mutates_args=())
+def _pool(
+    q: Tensor, k: Tensor, v: Tensor, num_levels: int, pooling_factor: int, scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, groups = PyramidShape(q.shape[1], num_levels, pooling_factor), k.shape[2]
+    pooled_q, query_bits = pool_kernels.pool(_rows_in_memory(q), groups, shape, rows=True, scores=scores)
+    pooled_k, key_bits = pool_kernels.pool(_rows_in_memory(k), groups, shape, rows=True, scores=scores)
+    pooled_v, _ = pool_kernels.pool(_rows_in_memory(v), groups, shape, rows=True)
+    return pooled_q, pooled_k, pooled_v, query_bits, key_bits
+
+
+@_pool.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, num_levels: int, pooling_factor: int, scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes, groups = PyramidShape(q.shape[1], num_levels, pooling_factor).sizes, k.shape[2]
+    stored = sum(sizes[first_stored(num_levels) :])
+    scored = sum(sizes[1:]) if scores else 0
+    pooled = (x.new_empty(x.shape[0], stored, *x.shape[2:]) for x in (q, k, v))
+    return *pooled, _empty_bits(q, groups, scored), _empty_bits(k, groups, scored)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("lhcp::score", mutates_args=())
+def _score(x: Tensor, num_kv_heads: int, num_levels: int, pooling_factor: int) -> Tensor:
+    shape = PyramidShape(x.shape[1], num_levels, pooling_factor)
+    return pool_kernels.pool(_rows_in_memory(x), num_kv_heads, shape, scores=True)[1]
+
+
+@_score.register_fake
+def _(x: Tensor, num_kv_heads: int, num_levels: int, pooling_factor: int) -> Tensor:
+    return _empty_bits(x, num_kv_heads, sum(PyramidShape(x.shape[1], num_levels, pooling_factor).sizes[1:]))
+
+
+def pool(q: Tensor, k: Tensor, v: Tensor, shape: PyramidShape, *, scores: bool) -> tuple[Triple, Bits | None]:
+    """See `reference.pool`: the levels that `gather` does not pool itself. Carries no gradient."""
+    pooled_q, pooled_k, pooled_v, query_bits, key_bits = _pool(
+        q.detach(), k.detach(), v.detach(), shape.num_levels, shape.pooling_factor, scores
+    )
+    return (pooled_q, pooled_k, pooled_v), (query_bits, key_bits) if scores else None
+
+
+def score(x_BNHD: Tensor, num_kv_heads: int, shape: PyramidShape) -> Tensor:
+    """See `reference.score`."""
+    out: Tensor = _score(x_BNHD.detach(), num_kv_heads, shape.num_levels, shape.pooling_factor)
+    return out
+
+
+# --- select ---
+
+
+@torch.library.custom_op("lhcp::select", mutates_args=())
+def _select(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    tokens: int,
+    num_levels: int,
+    pooling_factor: int,
+    strata: int,
+    budget: int,
+    cover: bool,
+) -> Tensor:
+    shape = PyramidShape(tokens, num_levels, pooling_factor)
+    return select_kernels.select(query_bits.contiguous(), key_bits.contiguous(), shape, strata, budget, cover)
+
+
+@_select.register_fake
+def _(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    tokens: int,
+    num_levels: int,
+    pooling_factor: int,
+    strata: int,
+    budget: int,
+    cover: bool,
+) -> Tensor:
+    coarsest = PyramidShape(tokens, num_levels, pooling_factor).sizes[-1]
+    slots = coarsest + (num_levels - 1) * pooling_factor * budget * strata
+    return query_bits.new_empty(*query_bits.shape[:2], slots)
+
+
+def select(
+    query_bits_BGE: Tensor, key_bits_BGE: Tensor, shape: PyramidShape, strata: int, budget: int, cover: bool
+) -> Tensor:
+    """See `reference.select`."""
+    out: Tensor = _select(
+        query_bits_BGE, key_bits_BGE, shape.length, shape.num_levels, shape.pooling_factor, strata, budget, cover
+    )
+    return out
+
+
+# --- gather ---
+
+
+@torch.library.custom_op("lhcp::gather", mutates_args=())
+def _gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    num_levels: int,
+    pooling_factor: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, rows = PyramidShape(q.shape[1], num_levels, pooling_factor), rows.contiguous()
+    pairs = ((q, pooled_q), (k, pooled_k), (v, pooled_v))
+    q_sub, k_sub, v_sub = (gather_kernels.gather(_rows_in_memory(x), pooled, rows, shape) for x, pooled in pairs)
+    return q_sub, k_sub, v_sub
+
+
+@_gather.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    num_levels: int,
+    pooling_factor: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_sub, k_sub, v_sub = (x.new_empty(x.shape[0], rows.shape[-1], *x.shape[2:]) for x in (q, k, v))
+    return q_sub, k_sub, v_sub
+
+
+@torch.library.custom_op("lhcp::gather_backward", mutates_args=())
+def _gather_backward(
+    q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, inverse: Tensor, tokens: int, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, inverse = PyramidShape(tokens, num_levels, pooling_factor), inverse.contiguous()
+    dq, dk, dv = (gather_kernels.spread(_rows_in_memory(x), inverse, shape) for x in (q_grad, k_grad, v_grad))
+    return dq, dk, dv
+
+
+@_gather_backward.register_fake
+def _(
+    q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, inverse: Tensor, tokens: int, num_levels: int, pooling_factor: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape[0], tokens, *x.shape[2:]) for x in (q_grad, k_grad, v_grad))
+    return dq, dk, dv
+
+
+def _save_for_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, *_, inverse, num_levels, pooling_factor = inputs
+    ctx.save_for_backward(inverse)
+    ctx.shape = (q.shape[1], num_levels, pooling_factor)
+
+
+def _gather_grads(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse,) = ctx.saved_tensors
+    dq, dk, dv = _gather_backward(q_grad, k_grad, v_grad, inverse, *ctx.shape)
+    return dq, dk, dv, None, None, None, None, None, None, None
+
+
+_gather.register_autograd(_gather_grads, setup_context=_save_for_gather)
+
+
+def gather(qkv: Triple, pooled: Triple, rows_BGS: Tensor, inverse_BGP: Tensor, shape: PyramidShape) -> Triple:
+    """See `reference.gather`."""
+    out: Triple = _gather(*qkv, *pooled, rows_BGS, inverse_BGP, shape.num_levels, shape.pooling_factor)
+    return out
+
+
+# --- scatter back ---
+
+
+@torch.library.custom_op("lhcp::scatter_back", mutates_args=())
+def _scatter_back(
+    sub: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    halo: Tensor | None,
+    tokens: int,
+    num_levels: int,
+    pooling_factor: int,
+    num_chunks: int,
+) -> Tensor:
+    shape = PyramidShape(tokens, num_levels, pooling_factor)
+    halo = None if halo is None else halo.contiguous()
+    return gather_kernels.spread(
+        _rows_in_memory(sub), inverse.contiguous(), shape, shifted_in=num_chunks, halo_CLBHD=halo
+    )
+
+
+@_scatter_back.register_fake
+def _(
+    sub: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    halo: Tensor | None,
+    tokens: int,
+    num_levels: int,
+    pooling_factor: int,
+    num_chunks: int,
+) -> Tensor:
+    return sub.new_empty(sub.shape[0], tokens, *sub.shape[2:])
+
+
+@torch.library.custom_op("lhcp::scatter_back_backward", mutates_args=())
+def _scatter_back_backward(grad: Tensor, rows: Tensor, num_levels: int, pooling_factor: int, num_chunks: int) -> Tensor:
+    shape = PyramidShape(grad.shape[1], num_levels, pooling_factor)
+    grad, rows = _rows_in_memory(grad), rows.contiguous()
+    pooled, _ = pool_kernels.pool(grad, rows.shape[1], shape, rows=True, shifted_in=num_chunks)
+    return gather_kernels.gather(grad, pooled, rows, shape, shifted_in=num_chunks)
+
+
+@_scatter_back_backward.register_fake
+def _(grad: Tensor, rows: Tensor, num_levels: int, pooling_factor: int, num_chunks: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], rows.shape[-1], *grad.shape[2:])
+
+
+def _save_for_scatter_back(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, rows, _, halo, _, *ctx.shape = inputs
+    ctx.save_for_backward(rows)
+    ctx.has_halo = halo is not None
+
+
+def _scatter_back_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (rows,) = ctx.saved_tensors
+    sub_grad = _scatter_back_backward(grad, rows, *ctx.shape)
+    halo_grad = _halo_grad(grad, *ctx.shape) if ctx.has_halo else None
+    return sub_grad, None, None, halo_grad, None, None, None, None
+
+
+def _halo_grad(grad_BNHD: Tensor, num_levels: int, pooling_factor: int, num_chunks: int) -> Tensor:
+    """Each halo row's positions are a chunk's first p^l - 1."""
+    chunks_BCnHD = grad_BNHD.unflatten(1, (num_chunks, -1))
+    levels = [
+        chunks_BCnHD[:, :, : pooling_factor**level - 1].sum(2, dtype=torch.float32) for level in range(1, num_levels)
+    ]
+    return torch.stack(levels).permute(2, 0, 1, 3, 4)
+
+
+_scatter_back.register_autograd(_scatter_back_grads, setup_context=_save_for_scatter_back)
+
+
+def scatter_back(
+    sub_BSHD: Tensor,
+    rows_BGS: Tensor,
+    inverse_BGP: Tensor,
+    shape: PyramidShape,
+    num_chunks: int,
+    halo_CLBHD: Tensor | None,
+) -> Tensor:
+    """See `reference.scatter_back`."""
+    out: Tensor = _scatter_back(
+        sub_BSHD, rows_BGS, inverse_BGP, halo_CLBHD, shape.length, shape.num_levels, shape.pooling_factor, num_chunks
+    )
+    return out
