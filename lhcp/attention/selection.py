@@ -8,7 +8,6 @@ not through it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,15 +69,14 @@ class Selection:
         """The pyramid over the tokens that are held, level by level."""
         return _pyramid(self.config, self.seq_len // self.num_chunks * len(self.chunks))
 
-    @cached_property
-    def rows(self) -> Tensor:
-        """`entries` as rows of `pyramid`: int32 [B, G, S held], contiguous."""
-        return self._renumbered(self.entries, to_held=True)
+    def index(self) -> tuple[Tensor, Tensor]:
+        """`entries` as rows of `pyramid`, and the slot of each of its rows, or -1.
 
-    @cached_property
-    def inverse(self) -> Tensor:
-        """The slot of each row of `pyramid`, or -1: int32 [B, G, rows held], contiguous."""
-        return reference.invert(self.rows, self.pyramid.offsets[-1])
+        Returns:
+            int32 [B, G, S held] and [B, G, rows held].
+        """
+        rows = self._renumbered(self.entries, to_held=True)
+        return rows, reference.invert(rows, self.pyramid.offsets[-1])
 
     @classmethod
     def of_rows(cls, rows: Tensor, config: LighthouseConfig, seq_len: int, cp: ContextParallel) -> Selection:
@@ -99,6 +97,12 @@ class Selection:
             before, after = (number, place) if to_held else (place, number)
             index = index + (chunk == before) * (after - before) * per_chunk
         return target.flatten(level, index).to(torch.int32)
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace a check of numbers
+def resolved(cfg: LighthouseConfig, seq_len: int, cp: ContextParallel) -> LighthouseConfig:
+    """`cfg` with every constraint checked for sequences of `seq_len` tokens that `cp`'s ranks share."""
+    return cfg.resolve(seq_len, cp.layout.num_chunks)
 
 
 @torch.no_grad()
@@ -132,7 +136,7 @@ def select(
     k = k if score_k is None else score_k
     check_shapes(q, k, v if v is not None and cfg.scorer == "dilated" else k)
     seq_len = q.shape[1] * cp.size
-    cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
+    cfg = resolved(cfg, seq_len, cp)
     rows = (q, k)
     if cfg.scorer == "dilated":
         if v is None:
@@ -154,7 +158,7 @@ def select_from_scores(
     """The selection of given level-0 scores, [B, G, N / W], non-negative; see `select`."""
     cp = context_parallel or ContextParallel()
     seq_len = query_scores.shape[-1] * cp.size
-    cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
+    cfg = resolved(cfg, seq_len, cp)
     if query_scores.shape != key_scores.shape:
         raise ConfigError(f"query scores {tuple(query_scores.shape)} and key scores {tuple(key_scores.shape)} differ")
     query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_scores, key_scores))
@@ -176,7 +180,9 @@ def select_from_bits(
             raise FloatingPointError("a selection score is not finite: the model's activations have diverged")
     shape = _pyramid(cfg, seq_len // cp.size)
     cover = cfg.cover_prefix and 0 in cp.chunks  # the first stratum of all is then the first held
-    rows = kernels.select(query_bits, key_bits, shape, cfg.strata // cp.size, cfg.topk // cfg.strata, cover)
+    strata = cfg.num_strata
+    assert strata is not None
+    rows = kernels.select(query_bits, key_bits, shape, strata // cp.size, cfg.topk // strata, cover)
     return Selection.of_rows(rows, cfg, seq_len, cp)
 
 

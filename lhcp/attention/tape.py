@@ -6,10 +6,9 @@ between the two runs, could choose other entries: gradients of something that wa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from dataclasses import replace
 
 from lhcp.attention.selection import Selection
 
@@ -23,8 +22,7 @@ class SelectionTape:
 
     def record(self, selection: Selection) -> None:
         """Keep a selection of the forward pass."""
-        # A copy without what `selection` derives and caches from its entries: those alone are kept for backward.
-        self._selections.append(replace(selection))
+        self._selections.append(selection)
 
     def next(self) -> Selection | None:
         """The next kept selection, in the recomputation; None in the forward pass."""
@@ -36,27 +34,33 @@ class SelectionTape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Around the forward pass."""
-        with _active(self):
+        with _use(self):
             yield
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Around the recomputation."""
         self._replayed = 0
-        with _active(self):
+        with _use(self):
             yield
 
 
-_tape: ContextVar[SelectionTape | None] = ContextVar("_tape", default=None)
+class _Active(threading.local):
+    """The tape in use on this thread: backward passes have threads of their own."""
+
+    tape: SelectionTape | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
-def _active(tape: SelectionTape) -> Iterator[None]:
-    token = _tape.set(tape)
+def _use(tape: SelectionTape) -> Iterator[None]:
+    before, _active.tape = _active.tape, tape
     try:
         yield
     finally:
-        _tape.reset(token)
+        _active.tape = before
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -67,13 +71,11 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 def recorded() -> Selection | None:
     """What the forward pass selected here, in a recomputation; else None."""
-    tape = _tape.get()
-    return None if tape is None else tape.next()
+    return None if _active.tape is None else _active.tape.next()
 
 
 def record(selection: Selection) -> Selection:
     """`selection`, kept for the recomputation if there will be one."""
-    tape = _tape.get()
-    if tape is not None:
-        tape.record(selection)
+    if _active.tape is not None:
+        _active.tape.record(selection)
     return selection

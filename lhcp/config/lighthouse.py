@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -46,37 +47,7 @@ class LighthouseConfig(Section):
         Raises:
             ConfigError: naming the constraint that fails and valid values.
         """
-        if seq_len % (self.coarsest_window * num_chunks):
-            raise ConfigError(
-                f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {self.coarsest_window} tokens "
-                f"in each of {num_chunks} chunk(s); nearest legal: "
-                f"{nearest_multiples(seq_len, self.coarsest_window * num_chunks)}"
-            )
-        if self.topk > seq_len // self.coarsest_window:
-            raise ConfigError(
-                f"topk {self.topk} exceeds the {seq_len // self.coarsest_window} coarsest entries of seq_len {seq_len} "
-                f"(num_levels {self.num_levels}, pooling_factor {self.pooling_factor}); it must be at most that"
-            )
-        legal = legal_num_strata(self, seq_len)
-        fitting = [s for s in legal if s % num_chunks == 0]
-        advice = f"valid: {fitting}" if fitting else "none is valid here: topk should be a multiple of the chunks"
-        strata = self.num_strata
-        if strata is None:
-            # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
-            step = 2 * self.max_cp
-            strata = next((s for s in legal if s % step == 0 and s * 128 >= self.topk), None)
-            if strata is None:
-                raise ConfigError(
-                    f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
-                    f"topk {self.topk}; {advice}"
-                )
-        if strata not in fitting:
-            raise ConfigError(
-                f"num_strata {strata} is not legal: {self._broken_by(strata, seq_len, num_chunks)}; {advice}"
-            )
-        if self.scorer == "dilated" and seq_len // num_chunks % self.dilation:
-            raise ConfigError(f"dilation {self.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
-        return self.model_copy(update={"num_strata": strata})
+        return _resolved(self, seq_len, num_chunks)
 
     @property
     def strata(self) -> int:
@@ -103,6 +74,41 @@ class LighthouseConfig(Section):
                 f"whole number of strata)"
             )
         return f"it leaves a budget of {self.topk // strata} entry per stratum, fewer than 2"
+
+
+@cache  # a layer asks at every call
+def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> LighthouseConfig:
+    if seq_len % (config.coarsest_window * num_chunks):
+        raise ConfigError(
+            f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {config.coarsest_window} tokens "
+            f"in each of {num_chunks} chunk(s); nearest legal: "
+            f"{nearest_multiples(seq_len, config.coarsest_window * num_chunks)}"
+        )
+    if config.topk > seq_len // config.coarsest_window:
+        raise ConfigError(
+            f"topk {config.topk} exceeds the {seq_len // config.coarsest_window} coarsest entries of seq_len {seq_len} "
+            f"(num_levels {config.num_levels}, pooling_factor {config.pooling_factor}); it must be at most that"
+        )
+    legal = legal_num_strata(config, seq_len)
+    fitting = [s for s in legal if s % num_chunks == 0]
+    advice = f"valid: {fitting}" if fitting else "none is valid here: topk should be a multiple of the chunks"
+    strata = config.num_strata
+    if strata is None:
+        # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
+        step = 2 * config.max_cp
+        strata = next((s for s in legal if s % step == 0 and s * 128 >= config.topk), None)
+        if strata is None:
+            raise ConfigError(
+                f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
+                f"topk {config.topk}; {advice}"
+            )
+    if strata not in fitting:
+        raise ConfigError(
+            f"num_strata {strata} is not legal: {config._broken_by(strata, seq_len, num_chunks)}; {advice}"
+        )
+    if config.scorer == "dilated" and seq_len // num_chunks % config.dilation:
+        raise ConfigError(f"dilation {config.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
+    return config.model_copy(update={"num_strata": strata})
 
 
 def legal_num_strata(config: LighthouseConfig, seq_len: int) -> list[int]:
