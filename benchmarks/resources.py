@@ -9,11 +9,14 @@ instead. Exit codes: 0 done, 2 something that the user can correct.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +113,14 @@ def measure() -> list[Record]:
     """
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-    return [resources(launch, arch) for case in CASES for launch in launches(case) for arch in ARCHS]
+    # In processes, since Triton holds Python's lock; not forked ones, which torch's threads would harm.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as workers:
+        cases, archs = zip(*itertools.product(CASES, ARCHS), strict=True)
+        return list(itertools.chain.from_iterable(workers.map(_measured, cases, archs)))
+
+
+def _measured(case: Case, arch: int) -> list[Record]:
+    return [resources(launch, arch) for launch in launches(case)]
 
 
 def kernels() -> list[tuple[ModuleType, str]]:
@@ -144,15 +154,14 @@ def launches(case: Case) -> list[Launch]:
     for heads in sorted({case.num_heads, groups}):  # of keys and values, and of queries
         x = torch.empty(1, shape.length, 3 if case.fused else 1, heads, case.head_dim, dtype=dtype, device="meta")
         x = x[:, :, 0]
-        pooled, _ = run("pool + score", pool.pool, x, groups, shape, rows=True, scores=True)
-        run("pool", pool.pool, x, groups, shape, rows=True)
-        run("score", pool.pool, x, groups, shape, scores=True)
+        pooled, _ = run("pool + score", pool.pool, x, groups, shape, scores=True)
+        run("pool", pool.pool, x, groups, shape)
         sub = run("gather", gather.gather, x, pooled, rows, shape)
         grad = run("spread", gather.spread, sub, inverse, shape)
     # Attention's output, and so what is scattered back, has the queries' heads.
     run("spread, shifted", gather.spread, sub, inverse, shape, shifted_in=CHUNKS)
     run("spread, shifted, halo", gather.spread, sub, inverse, shape, shifted_in=CHUNKS, halo_CLBHD=halo)
-    pooled, _ = run("pool, shifted", pool.pool, grad, groups, shape, rows=True, shifted_in=CHUNKS)
+    pooled, _ = run("pool, shifted", pool.pool, grad, groups, shape, shifted_in=CHUNKS)
     run("gather, shifted", gather.gather, grad, pooled, rows, shape, shifted_in=CHUNKS)
     return found
 

@@ -5,7 +5,6 @@ Collected by tests/gpu/test_kernels_cuda.py, and by tests/unit/test_kernels.py i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from ranks import run_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
-DTYPES = [torch.float32, torch.bfloat16] + ([] if INTERPRETED else [torch.float16])
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,7 +113,8 @@ CASES = {
     "L3 p9": Case(1, 162, 1, 1, 5, 3, 9, 2, 1),
     "no cover": Case(2, 80, 2, 1, 8, 3, 2, 2, 2, cover=False),
 }
-if not INTERPRETED:
+if not INTERPRETED:  # each costs seconds of compiling
+    CASES = {name: CASES[name] for name in ("L3 p4 GQA", "L2 p2", "no cover")}
     CASES |= {
         "98K": Case(1, 98_304, 8, 8, 128, 3, 4, 96, 16),
         "GQA 32K": Case(2, 32_768, 16, 4, 64, 4, 4, 32, 8),
@@ -150,7 +150,7 @@ def with_grads(function: Any, inputs: list[Tensor], grads: list[Tensor]) -> list
 @EVERY_DTYPE
 def test_pooled_rows(case: Case, dtype: torch.dtype) -> None:
     for x in case.tensors(dtype):
-        pooled, bits = pool_kernels.pool(x, case.groups, case.shape, rows=True)
+        pooled, bits = pool_kernels.pool(x, case.groups, case.shape)
         first = case.shape.offsets[first_stored(case.levels)]
         assert bits.numel() == 0
         plain = reference.pyramid_rows(x, case.shape)[:, first:]
@@ -173,12 +173,22 @@ def test_scores(case: Case, dtype: torch.dtype) -> None:
 
 
 @EVERY_CASE
-def test_equal_rows_tie(case: Case) -> None:
-    """Wherever they are: three kinds of row, so that nearly every window has an equal."""
-    kinds = torch.randn(3, case.heads, case.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+@EVERY_DTYPE
+def test_equal_rows_have_equal_scores(case: Case, dtype: torch.dtype) -> None:
+    """Wherever they are: in a view of a projection, in a tensor of their own, in part of the sequence."""
+    for x in case.tensors(dtype)[:2]:
+        levels = ops.score(x, case.groups, case.shape).split(case.shape.sizes[1:], -1)
+        shifted = torch.cat([x[..., :1], x], -1)[..., 1:]  # rows that begin at odd addresses
+        for same in (x.clone(), x.transpose(1, 2).contiguous().transpose(1, 2), shifted):
+            assert torch.equal(ops.score(same, case.groups, case.shape), torch.cat(levels, -1))
+        stratum = PyramidShape(case.tokens // case.strata, case.levels, case.p)
+        last = ops.score(x[:, -stratum.length :], case.groups, stratum)
+        assert torch.equal(
+            last, torch.cat([level[..., -size:] for level, size in zip(levels, stratum.sizes[1:], strict=True)], -1)
+        )
+    kinds = torch.randn(3, case.heads, case.width, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     x = kinds[torch.arange(case.tokens, device=DEVICE) * 7 % 3].expand(case.batch, -1, -1, -1)
-    bits = ops.score(x, case.groups, case.shape)
-    assert all(len(head.unique()) <= 3 for head in bits.flatten(0, 1))
+    assert all(len(head.unique()) <= 3 for head in ops.score(x, case.groups, case.shape).flatten(0, 1))
 
 
 def test_scores_are_ordered_where_they_are_not_finite() -> None:
@@ -207,13 +217,7 @@ FORESTS = [
     (2, 2, 3, 4, 4),
 ]
 if not INTERPRETED:
-    FORESTS += [
-        (levels, p, strata, coarsest, budget)
-        for levels, p in itertools.product((2, 3, 4), (2, 3, 4))
-        for strata, coarsest in ((3, 37), (2, 512))
-        for budget in sorted({2, 31, 36, 128, 511, 512})
-        if budget <= coarsest
-    ]
+    FORESTS += [(3, 4, 3, 37, 31), (4, 3, 2, 512, 128), (2, 2, 2, 512, 512), (4, 4, 2, 512, 511)]
 STREAMED = [(3, 2, 1, 7, 5), (4, 2, 1, 6, 4)]
 LARGE = [(2, 4, 2, 8_192, 4_000), (3, 2, 1, 20_000, 9_999), (2, 2, 1, 50_000, 50_000)]
 

@@ -26,6 +26,28 @@ def _rows_in_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """`x` where a row begins at a multiple of 16 elements, zeros behind shorter rows.
+
+    The alignment decides which thread loads what, and so in which order a row is summed: equal rows must have
+    equal scores, whatever tensor they are in.
+    """
+    if x.shape[-1] % 16:
+        return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
+    unaligned = any(stride % 16 for stride in x.stride()[:-1]) or x.stride(-1) != 1 or x.data_ptr() % 16
+    return x.contiguous() if unaligned else x
+
+
+def _pool_and_score(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> tuple[Tensor, Tensor]:
+    aligned = _aligned(x)
+    pooled, bits = pool_kernels.pool(aligned, num_kv_heads, shape, scores=True)
+    return pooled if aligned.shape == x.shape else _pool_rows(x, num_kv_heads, shape), bits
+
+
+def _pool_rows(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> Tensor:
+    return pool_kernels.pool(_rows_in_memory(x), num_kv_heads, shape)[0]
+
+
 def _empty_bits(x: Tensor, num_kv_heads: int, entries: int) -> Tensor:
     return x.new_empty(x.shape[0], num_kv_heads, entries, dtype=torch.int32)
 
@@ -38,9 +60,12 @@ def _pool(
     q: Tensor, k: Tensor, v: Tensor, num_levels: int, pooling_factor: int, scores: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, groups = PyramidShape(q.shape[1], num_levels, pooling_factor), k.shape[2]
-    pooled_q, query_bits = pool_kernels.pool(_rows_in_memory(q), groups, shape, rows=True, scores=scores)
-    pooled_k, key_bits = pool_kernels.pool(_rows_in_memory(k), groups, shape, rows=True, scores=scores)
-    pooled_v, _ = pool_kernels.pool(_rows_in_memory(v), groups, shape, rows=True)
+    pooled_v = _pool_rows(v, groups, shape)
+    if not scores:
+        bits = _empty_bits(q, groups, 0)
+        return _pool_rows(q, groups, shape), _pool_rows(k, groups, shape), pooled_v, bits, bits.clone()
+    pooled_q, query_bits = _pool_and_score(q, groups, shape)
+    pooled_k, key_bits = _pool_and_score(k, groups, shape)
     return pooled_q, pooled_k, pooled_v, query_bits, key_bits
 
 
@@ -58,7 +83,8 @@ def _(
 @torch.library.custom_op("lhcp::score", mutates_args=())
 def _score(x: Tensor, num_kv_heads: int, num_levels: int, pooling_factor: int) -> Tensor:
     shape = PyramidShape(x.shape[1], num_levels, pooling_factor)
-    return pool_kernels.pool(_rows_in_memory(x), num_kv_heads, shape, scores=True)[1]
+    # Rows are pooled, too: another kernel might sum in another order, and this must be what `pool` returns.
+    return pool_kernels.pool(_aligned(x), num_kv_heads, shape, scores=True)[1]
 
 
 @_score.register_fake
@@ -240,7 +266,7 @@ def _(
 def _scatter_back_backward(grad: Tensor, rows: Tensor, num_levels: int, pooling_factor: int, num_chunks: int) -> Tensor:
     shape = PyramidShape(grad.shape[1], num_levels, pooling_factor)
     grad, rows = _rows_in_memory(grad), rows.contiguous()
-    pooled, _ = pool_kernels.pool(grad, rows.shape[1], shape, rows=True, shifted_in=num_chunks)
+    pooled, _ = pool_kernels.pool(grad, rows.shape[1], shape, shifted_in=num_chunks)
     return gather_kernels.gather(grad, pooled, rows, shape, shifted_in=num_chunks)
 
 

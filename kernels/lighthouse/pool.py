@@ -26,8 +26,8 @@ WARPS = 4
 @triton.jit
 def _window(
     x, pooled, bits, window, columns, pooled_columns, fits, chunk, chunk_len, tokens, stride_token, pooled_stride,
-    LEVEL: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr,
-    POOL: tl.constexpr, SCORE: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    LEVEL: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SCORE: tl.constexpr,
+    E: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Sum [E, W] and, as bits, the largest squared norm [E] of windows of LEVEL; stores those of levels >= 1."""
     total = tl.zeros([E, W], tl.float32)
@@ -46,7 +46,7 @@ def _window(
         for child in tl.range(P, loop_unroll_factor=UNROLL):
             row, norm = _window(
                 x, pooled, bits, window * P + child, columns, pooled_columns, fits, chunk, chunk_len, tokens,
-                stride_token, pooled_stride, LEVEL - 1, FIRST, P, SHIFT, POOL, SCORE, E, W,
+                stride_token, pooled_stride, LEVEL - 1, FIRST, P, SHIFT, SCORE, E, W,
             )  # fmt: skip
             total += row
             top = tl.maximum(top, norm)
@@ -62,7 +62,7 @@ def _window(
                 offset += tokens // P**finer
             norm = tl.sqrt_rn(top.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) & 0x7FFFFFFF
             tl.store(bits + offset + entry, norm, mask=exists)
-        if POOL and LEVEL >= FIRST:
+        if LEVEL >= FIRST:
             offset = 0
             for finer in tl.static_range(FIRST, LEVEL):
                 offset += tokens // P**finer
@@ -77,7 +77,7 @@ def _pool_kernel(
     x, pooled, bits,
     stride_batch, stride_token, stride_head,
     tokens, chunks, groups, pooled_rows, scored,
-    L: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, POOL: tl.constexpr, SCORE: tl.constexpr,
+    L: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr, SHIFT: tl.constexpr, SCORE: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     # Heads lie side by side in memory, so their programs are neighbours.
@@ -95,7 +95,7 @@ def _pool_kernel(
         bits + (batch * groups + group) * scored,
         block * E + tl.arange(0, E), head * stride_head + d, head * D + d, fits,
         chunk, tokens // chunks, tokens, stride_token, width,
-        L - 1, FIRST, P, SHIFT, POOL, SCORE, E, W,
+        L - 1, FIRST, P, SHIFT, SCORE, E, W,
     )  # fmt: skip
 
 
@@ -104,28 +104,26 @@ def pool(
     num_kv_heads: int,
     shape: PyramidShape,
     *,
-    rows: bool = False,
     scores: bool = False,
     shifted_in: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled rows and scores of the windows of every level >= 1.
+    """Pooled rows, and scores, of the windows of every level >= 1.
 
     Args:
         x_BNHD: any strides, the last 1.
         num_kv_heads: G; the rows of H / G neighbouring heads are scored as one.
         shape: the pyramid over N tokens.
-        rows: whether to pool.
-        scores: whether to score.
+        scores: whether to score, too.
         shifted_in: 0: aligned windows, whose rows are means. Else the number of chunks, in each of which windows
             are shifted by one token and rows are sums.
 
     Returns:
         Pooled rows of the levels from `first_stored` on, [B, rows, H, D] in x's dtype, and bits of the largest
-        norm in each window of levels >= 1, int32 [B, G, entries]. Empty where not asked for.
+        norm in each window of levels >= 1, int32 [B, G, entries], empty where not asked for.
     """
     batch, tokens, heads, width = x_BNHD.shape
     levels, chunks, first = shape.num_levels, max(1, shifted_in), first_stored(shape.num_levels)
-    stored = sum(shape.sizes[first:]) if rows else 0
+    stored = sum(shape.sizes[first:])
     scored = sum(shape.sizes[1:]) if scores else 0
     pooled = x_BNHD.new_empty(batch, stored, heads, width)
     bits = x_BNHD.new_empty(batch, num_kv_heads, scored, dtype=torch.int32)
@@ -136,7 +134,7 @@ def pool(
         x_BNHD, pooled, bits,
         x_BNHD.stride(0), x_BNHD.stride(1), x_BNHD.stride(2),
         tokens, chunks, num_kv_heads, stored, scored,
-        L=levels, FIRST=first, P=shape.pooling_factor, SHIFT=bool(shifted_in), POOL=rows, SCORE=scores,
+        L=levels, FIRST=first, P=shape.pooling_factor, SHIFT=bool(shifted_in), SCORE=scores,
         E=per_program, **constants, num_warps=WARPS,
     )  # fmt: skip
     return pooled, bits

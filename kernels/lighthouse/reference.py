@@ -200,7 +200,7 @@ def last_rows(sub_BSHD: Tensor, inverse_BGP: Tensor, shape: PyramidShape, num_ch
     ends_BGCL = torch.stack([level.unflatten(-1, (num_chunks, -1))[..., -1] for level in levels], -1)
     index = ends_BGCL.flatten(2)
     inverse = invert(index.where(index >= 0, slots), slots + 1)[..., :slots]
-    rows_BCLHD = take(sub_BSHD, index, inverse).unflatten(1, (num_chunks, -1))
+    rows_BCLHD: Tensor = take(sub_BSHD, index, inverse).unflatten(1, (num_chunks, -1))
     return rows_BCLHD.movedim(0, 2).to(torch.promote_types(sub_BSHD.dtype, torch.float32)).contiguous()
 
 

@@ -168,6 +168,6 @@ def select(
         query_bits_BGE, key_bits_BGE, rows, scratch,
         shape.length, shape.length // strata, strata, scored, slots, budget, most, int(cover), scratch_size,
         L=levels, P=p, INDEX_BITS=(most - 1).bit_length(), ONE=most <= block, BLOCK=block,
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=max(1, min(8, block // 128)),
     )  # fmt: skip
     return rows

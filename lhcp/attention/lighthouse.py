@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lhcp.attention.selection import Selection, resolved, select, select_from_bits
+from lhcp.attention.selection import Selection, select, select_from_bits
 from lhcp.attention.tape import record, recorded
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel, check_shapes
@@ -46,7 +46,7 @@ def lighthouse_attention(
     kernels = kernels_for(q)
     sel = recorded() if selection is None else selection
     if sel is None:
-        cfg = resolved(cfg, seq_len, cp)
+        cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
     else:
         _check(sel, q, k, cfg, cp)
     shape = PyramidShape(q.shape[1], cfg.num_levels, cfg.pooling_factor)

@@ -28,6 +28,7 @@ def dilated_rows(
     q, k, v = (x.unflatten(1, (-1, dilation)).flatten(2, 3) for x in (q_BNHD, k, v))
 
     def rows(queries: Tensor, keys: Tensor) -> Tensor:
-        return cp.attend(queries, keys, v).unflatten(2, (dilation, heads)).flatten(1, 2)
+        out: Tensor = cp.attend(queries, keys, v).unflatten(2, (dilation, heads)).flatten(1, 2)
+        return out
 
     return rows(q, k), rows(k, q)

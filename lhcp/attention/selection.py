@@ -99,12 +99,6 @@ class Selection:
         return target.flatten(level, index).to(torch.int32)
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not trace a check of numbers
-def resolved(cfg: LighthouseConfig, seq_len: int, cp: ContextParallel) -> LighthouseConfig:
-    """`cfg` with every constraint checked for sequences of `seq_len` tokens that `cp`'s ranks share."""
-    return cfg.resolve(seq_len, cp.layout.num_chunks)
-
-
 @torch.no_grad()
 def select(
     q: Tensor,
@@ -136,7 +130,7 @@ def select(
     k = k if score_k is None else score_k
     check_shapes(q, k, v if v is not None and cfg.scorer == "dilated" else k)
     seq_len = q.shape[1] * cp.size
-    cfg = resolved(cfg, seq_len, cp)
+    cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
     rows = (q, k)
     if cfg.scorer == "dilated":
         if v is None:
@@ -158,7 +152,7 @@ def select_from_scores(
     """The selection of given level-0 scores, [B, G, N / W], non-negative; see `select`."""
     cp = context_parallel or ContextParallel()
     seq_len = query_scores.shape[-1] * cp.size
-    cfg = resolved(cfg, seq_len, cp)
+    cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
     if query_scores.shape != key_scores.shape:
         raise ConfigError(f"query scores {tuple(query_scores.shape)} and key scores {tuple(key_scores.shape)} differ")
     query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_scores, key_scores))

@@ -47,7 +47,18 @@ class LighthouseConfig(Section):
         Raises:
             ConfigError: naming the constraint that fails and valid values.
         """
-        return _resolved(self, seq_len, num_chunks)
+        return self if self._fits(seq_len, num_chunks) else _resolved(self, seq_len, num_chunks)
+
+    def _fits(self, seq_len: int, num_chunks: int) -> bool:
+        """Whether nothing is to be fixed or refused: cheap, since a layer asks at every call."""
+        strata = self.num_strata
+        return (
+            strata is not None
+            and seq_len % (self.coarsest_window * num_chunks) == 0
+            and self.topk % strata == seq_len // self.coarsest_window % strata == strata % num_chunks == 0
+            and 2 * strata <= self.topk <= seq_len // self.coarsest_window
+            and (self.scorer == "norm" or seq_len // num_chunks % self.dilation == 0)
+        )
 
     @property
     def strata(self) -> int:
@@ -76,7 +87,7 @@ class LighthouseConfig(Section):
         return f"it leaves a budget of {self.topk // strata} entry per stratum, fewer than 2"
 
 
-@cache  # a layer asks at every call
+@cache
 def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> LighthouseConfig:
     if seq_len % (config.coarsest_window * num_chunks):
         raise ConfigError(
