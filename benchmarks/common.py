@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -32,9 +33,37 @@ Record = dict[str, Any]
 def timed(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
     """Times of `call` after a warm-up, each that of the slowest rank (collective where there are ranks).
 
+    On one GPU calls follow each other as in training, without waiting; else they begin together, one by one.
+
     Returns:
         `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls, milliseconds.
     """
+    if device.type == "cuda" and not dist.is_initialized():
+        milliseconds_of = _in_a_stream(call, repeats)
+    else:
+        milliseconds_of = [1e3 * seconds for seconds in _one_by_one(call, device, repeats)]
+    times = torch.tensor(milliseconds_of, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+    percentiles = np.percentile(times.cpu().numpy(), (20, 50, 80))
+    return {f"p{p}_ms": float(value) for p, value in zip((20, 50, 80), percentiles, strict=True)}
+
+
+def _in_a_stream(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds on the GPU."""
+    for _ in range(WARM_UP):
+        call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [float(before.elapsed_time(after)) for before, after in itertools.pairwise(marks)]
+
+
+def _one_by_one(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds from when all ranks begin to when this one has done."""
     seconds = []
     for _ in range(WARM_UP + repeats):
         _meet(device)
@@ -42,11 +71,7 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> dic
         call()
         _synchronize(device)
         seconds.append(time.perf_counter() - started)
-    times = torch.tensor(seconds[WARM_UP:], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(times, dist.ReduceOp.MAX)
-    percentiles = np.percentile(times.cpu().numpy() * 1e3, (20, 50, 80))
-    return {f"p{p}_ms": float(value) for p, value in zip((20, 50, 80), percentiles, strict=True)}
+    return seconds[WARM_UP:]
 
 
 def _meet(device: torch.device) -> None:

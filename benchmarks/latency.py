@@ -1,31 +1,50 @@
 """One attention layer on one device, over several lengths: dense SDPA and Lighthouse, in the same run.
 
-    python -m benchmarks.latency CONFIG [--set KEY=VALUE ...] --out FILE.json [--seq-lens 8192,32768,...] [--repeats 5]
+    python -m benchmarks.latency CONFIG [--set KEY=VALUE ...] --out FILE.json [--seq-lens 8192,32768,... [--scale-topk]]
+        [--repeats 5]
 
-Nothing is timed unless both agree with float64 at a short length. Exit codes: 0 done, 1 the check failed, 2 something
-that the user can correct.
+Nothing is timed unless both agree with float64 at a short length, and the kernels with plain PyTorch at each length.
+The stages around the attention call are timed alone, too, beside the bytes they must move. Exit codes: 0 done, 1 a
+check failed, 2 something that the user can correct.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import layer as layers
+from benchmarks import stages
 from benchmarks.common import Record, environment, make_way, milliseconds, ratios, setting, table, tell, write_json
 from lhcp import config_file
+from lhcp.attention import select
 from lhcp.config import BlockBackendName, ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv
 from lhcp.distributed.exchange.block import block_backend
+from lhcp.kernels.lighthouse import kernels_for, reference
 
 NAME = "latency"
 MOST_LENGTHS = 8
-HEADER = ["N", "S", "lighthouse ms", "dense ms", "dense / lighthouse", "lighthouse GiB", "dense GiB"]
+HEADER = [
+    "N",
+    "levels",
+    "S",
+    "lighthouse ms",
+    "dense ms",
+    "dense / lighthouse",
+    "dense on S ms",
+    "around / floor",
+    "GiB above",
+]
+NOTE = """Times and ratios: forward / forward and backward, medians. Around / floor: what Lighthouse takes besides dense
+attention on S, over the time that its bytes take. GiB above: the peak of forward and backward above q, k, v, the output
+and the gradients of all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """`config`, `overrides`, `out`, `seq_lens`, `repeats`."""
+    """`config`, `overrides`, `out`, `seq_lens`, `scale_topk`, `repeats`."""
     parser = argparse.ArgumentParser(prog="benchmarks.latency", description="Time one attention layer on one device.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--seq-lens", metavar="N,N,...", help="lengths; by default up to the configuration's")
+    parser.add_argument("--scale-topk", action="store_true", help="topk in proportion to the length")
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed")
     return parser.parse_args(argv)
 
@@ -56,7 +76,12 @@ def _main(args: argparse.Namespace) -> int:
         raise ConfigError("latency measures one device; start it without torchrun (benchmarks.scaling takes several)")
     config = config_file.load(args.config, args.overrides)
     attention = config.attention.resolve(config.seq_len)
-    lengths = _given_lengths(args.seq_lens, attention) if args.seq_lens else default_lengths(attention, config.seq_len)
+    if args.seq_lens:
+        lengths = _given_lengths(args.seq_lens, attention, config.seq_len if args.scale_topk else None)
+    elif args.scale_topk:
+        raise ConfigError("--scale-topk needs --seq-lens")
+    else:
+        lengths = {length: attention.resolve(length) for length in default_lengths(attention, config.seq_len)}
     device = env.device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -68,8 +93,8 @@ def _main(args: argparse.Namespace) -> int:
     if not result["check"]["passed"]:
         tell(f"{layers.complaint(result['check'])}; nothing was timed")
         return 1
-    print(table(HEADER, map(_row, result["lengths"])))
-    print("Times and ratios: forward / forward and backward, medians.", setting(result["environment"]))
+    print(table(HEADER, map(row, result["lengths"])))
+    print(NOTE, setting(result["environment"]))
     return 0
 
 
@@ -97,8 +122,8 @@ def _is_legal(attention: LighthouseConfig, length: int) -> bool:
     return True
 
 
-def _given_lengths(text: str, attention: LighthouseConfig) -> list[int]:
-    """`--seq-lens`, ascending.
+def _given_lengths(text: str, attention: LighthouseConfig, of: int | None) -> dict[int, LighthouseConfig]:
+    """`--seq-lens`, ascending, each with its attention: `attention`'s topk, or that share of it which N is of `of`.
 
     Raises:
         ConfigError: not numbers, or not legal for `attention`.
@@ -106,17 +131,24 @@ def _given_lengths(text: str, attention: LighthouseConfig) -> list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"--seq-lens {text!r}: must be numbers of tokens, such as 8192,32768")
-    lengths = sorted({int(word) for word in words})
-    for length in lengths:
-        attention.resolve(length)
-    return lengths
+    found = {}
+    for length in sorted({int(word) for word in words}):
+        scaled = attention
+        if of is not None:
+            topk, rest = divmod(attention.topk * length, of)
+            if rest:
+                raise ConfigError(f"--scale-topk: topk {attention.topk} at {of} tokens is no whole number at {length}")
+            # What is derived from topk is derived anew.
+            scaled = attention.model_copy(update={"topk": topk, "num_strata": None})
+        found[length] = scaled.resolve(length)
+    return found
 
 
 def measure(
     layer: layers.Layer,
     attention: LighthouseConfig,
     seq_len: int,
-    lengths: Sequence[int],
+    lengths: Mapping[int, LighthouseConfig],
     backend: BlockBackendName,
     repeats: int,
 ) -> Record:
@@ -126,12 +158,12 @@ def measure(
         layer: the layer.
         attention: resolved for `seq_len`.
         seq_len: N of the configuration.
-        lengths: legal for `attention`.
+        lengths: N and what is measured there, resolved.
         backend: of the attention in Lighthouse; dense attention is PyTorch's SDPA.
         repeats: calls that are timed.
 
     Returns:
-        The result; without `lengths` when the check failed.
+        The result; without `lengths` when a check failed.
     """
     cp = ContextParallel(block_backend=backend)
     short, small = layers.shortened(attention, seq_len, num_chunks=1)
@@ -149,37 +181,68 @@ def measure(
         "check": layers.check(layer, short, small, cp, layers.sdpa, backend),
         "environment": environment(layer.device, layer.dtype),
     }
-    if result["check"]["passed"]:
-        sparse = layers.lighthouse(attention, cp)
-        result["lengths"] = [_at(layer, attention, sparse, length, repeats) for length in lengths]
-    return result
+    if not result["check"]["passed"]:
+        return result
+    bytes_per_ms = stages.copy_bytes_per_ms(layer.device, repeats)
+    found = []
+    for length, at in lengths.items():
+        inputs = layer.inputs(length, seed=1)
+        if kernels_for(inputs[0]) is not reference:
+            outcome = layers.check_kernels(inputs, at, backend)
+            if not outcome["passed"]:
+                return result | {"check": outcome}
+        found.append(_at(inputs, at, cp, bytes_per_ms, repeats))
+    return result | {"copy_tb_per_s": bytes_per_ms / 1e9, "lengths": found}
 
 
 def _at(
-    layer: layers.Layer, attention: LighthouseConfig, sparse: layers.Attention, length: int, repeats: int
+    inputs: Sequence[Tensor], attention: LighthouseConfig, cp: ContextParallel, bytes_per_ms: float, repeats: int
 ) -> Record:
-    inputs = layer.inputs(length, seed=1)
-    times = {
-        "lighthouse": layers.measure(sparse, inputs, repeats),
-        "dense": layers.measure(layers.sdpa, inputs, repeats),
+    """All times at one length."""
+    length = inputs[0].shape[1]
+    sparse = layers.measure(layers.lighthouse(attention, cp), inputs, repeats)
+    tensors = 2 * sum(x.nbytes for x in inputs)  # q, k, v, the output, and the gradients of all
+    sparse["memory_above_gib"] = sparse["peak_memory_gib"] - tensors / 2**30
+
+    q, k, v, _ = inputs
+    selection = select(q, k, attention, v=v, context_parallel=cp)
+    around = stages.measure(inputs, selection, bytes_per_ms, repeats)
+    sub = [x[:, : selection.entries.shape[-1]].clone() for x in inputs]
+    on_sub = layers.measure(layers.sdpa, sub, repeats)
+    floors = {
+        "forward": sum(around[name]["floor_ms"] for name in stages.FORWARD),
+        "forward_backward": sum(stage["floor_ms"] for stage in around.values()),
     }
+    dense = layers.measure(layers.sdpa, inputs, repeats)
     return {
         "seq_len": length,
         "subsequence_length": attention.subsequence_length(length),
-        **times,
-        "ratio": layers.ratio(times["dense"], times["lighthouse"]),
+        "attention": attention.model_dump(mode="json"),
+        "lighthouse": sparse,
+        "dense": dense,
+        "dense_on_subsequence": on_sub,
+        "stages": around,
+        "floor_ms": floors,
+        "around_over_floor": {
+            kind: (sparse[kind]["p50_ms"] - on_sub[kind]["p50_ms"]) / floor for kind, floor in floors.items()
+        },
+        "ratio": layers.ratio(dense, sparse),
     }
 
 
-def _row(result: Record) -> list[str]:
+def row(result: Record) -> list[str]:
+    """A line of the table under `HEADER`, of one element of `lengths`."""
+    attention = result["attention"]
     return [
         f"{result['seq_len']:,}",
+        f"L{attention['num_levels']} p{attention['pooling_factor']} k{attention['topk']}",
         f"{result['subsequence_length']:,}",
         milliseconds(result["lighthouse"]),
         milliseconds(result["dense"]),
         ratios(result["ratio"]),
-        f"{result['lighthouse']['peak_memory_gib']:.2f}",
-        f"{result['dense']['peak_memory_gib']:.2f}",
+        milliseconds(result["dense_on_subsequence"]),
+        ratios(result["around_over_floor"]),
+        f"{result['lighthouse']['memory_above_gib']:.2f}",
     ]
 
 

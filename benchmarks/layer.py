@@ -20,6 +20,7 @@ from benchmarks.common import Record, largest_over_ranks, peak_memory_gib, reset
 from lhcp.attention import Selection, lighthouse_attention, select
 from lhcp.config import BlockBackendName, LighthouseConfig, RunConfig
 from lhcp.distributed import ContextParallel
+from lhcp.kernels.lighthouse import kernels_for, reference
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}
 """Largest relative norm of an error, by dtype."""
@@ -171,8 +172,8 @@ def check(
         ),
         "dense": (dense, alone.attend),
     }
-    for name, (attention, reference) in pairs.items():
-        expected = forward_backward(reference, exact)
+    for name, (attention, alone_attention) in pairs.items():
+        expected = forward_backward(alone_attention, exact)
         for part, value in forward_backward(attention, shards).items():
             error = _relative(value, cp.shard(expected[part]))
             errors[f"{name} {part}"] = largest_over_ranks(error, layer.device)
@@ -184,6 +185,44 @@ def check(
         "length": length,
         "attention": config.model_dump(mode="json"),
         "against": f"one process in {layer.dtype if cp.size > 1 else 'float64'}",
+        "errors": errors,
+        "tolerances": tolerances,
+    }
+
+
+def check_kernels(inputs: Sequence[Tensor], config: LighthouseConfig, backend: BlockBackendName) -> Record:
+    """Compare the kernels with plain PyTorch at full length: the selection of the same scores, bit for bit, and the
+    output, in the layer's dtype. Gradients need more memory than there is at the longest: `check` has them.
+
+    Args:
+        inputs: q, k, v and the gradient of the output.
+        config: resolved.
+        backend: of the attention call.
+
+    Returns:
+        As `check`.
+    """
+    q, k, v = inputs[:3]
+    kernels, cp = kernels_for(q), ContextParallel(block_backend=backend)
+    sel = select(q, k, config, v=v)
+    shape, (rows, inverse) = sel.pyramid, sel.index()
+    with torch.no_grad():
+        bits = (kernels.score(q, k.shape[2], shape), kernels.score(k, k.shape[2], shape))
+        budget = config.topk // config.strata
+        mine, other = (
+            path.select(*bits, shape, config.strata, budget, config.cover_prefix) for path in (kernels, reference)
+        )
+        differing = (mine != other).float().mean()
+        # One after the other: a pyramid in float32 takes several times its tensor.
+        sub = [reference.take_rows(reference.pyramid_rows(x, shape), rows) for x in (q, k, v)]
+        plain = reference.scatter_back(cp.attend(*sub), rows, inverse, shape, 1, None)
+        error = _relative_in_parts(lighthouse_attention(q, k, v, config, selection=sel, context_parallel=cp), plain)
+    errors = {"selection": float(differing), "lighthouse out": error}
+    tolerances = {"selection": 0.0, "lighthouse out": TOLERANCE[str(q.dtype).removeprefix("torch.")]}
+    return {
+        "passed": all(errors[name] <= tolerances[name] for name in errors),
+        "length": q.shape[1],
+        "against": "plain PyTorch",
         "errors": errors,
         "tolerances": tolerances,
     }
@@ -205,5 +244,12 @@ def _differing(one: Selection, other: Selection) -> float:
     return missing / one.entries.numel()
 
 
-def _relative(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference.double()).norm() / reference.double().norm())
+def _relative_in_parts(value: Tensor, expected: Tensor) -> float:
+    """As `_relative`, without a whole copy in float64."""
+    parts = list(zip(value.split(2**16, dim=1), expected.split(2**16, dim=1), strict=True))
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in parts)
+    return math.sqrt(difference / sum(float(b.double().square().sum()) for _, b in parts))
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,160 @@
+"""Results of `benchmarks.latency`, merged into a table and a picture.
+
+    python -m benchmarks.latency_report RESULT.json ... --out NAME
+
+writes NAME.md and NAME.png (which needs matplotlib). Exit codes: 0 done, 2 something that the user can correct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import latency
+from benchmarks.common import Record, document, setting, table, tell, write_text
+from lhcp.config import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STAGES_HEADER = ["N", "stage", "ms", "floor ms", "ms / floor"]
+KINDS = {"forward": "forward", "forward_backward": "forward and backward"}
+DENSE, SPARSE, FLOOR, ON_SUB = "#c8501e", "#1f4e8c", "#8fa9c9", "#707070"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read and write; the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks.latency_report", description="Merge latency results.")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="of NAME.md and NAME.png")
+    args = parser.parse_args(argv)
+    try:
+        text = report([_read(path) for path in args.results], args.out)
+    except ConfigError as error:
+        tell(error)
+        return 2
+    print(text, end="")
+    return 0
+
+
+def _read(path: Path) -> Record:
+    try:
+        result: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a result of benchmarks.latency") from None
+    if not isinstance(result, dict) or result.get("benchmark") != latency.NAME:
+        raise ConfigError(f"{path} is not a result of benchmarks.latency")
+    if "lengths" not in result:
+        raise ConfigError(f"{path}: its check failed, so nothing was timed; leave it out")
+    return result
+
+
+def report(results: Sequence[Record], name: Path) -> str:
+    """Write NAME.md and NAME.png.
+
+    Args:
+        results: what `latency` wrote.
+        name: the path of both without their endings.
+
+    Returns:
+        The text of NAME.md.
+
+    Raises:
+        ConfigError: the results are of different GPUs or layers, or a file cannot be written.
+    """
+    kinds = {json.dumps([_layer(result), result["environment"]["devices"]]) for result in results}
+    if len(kinds) > 1:
+        raise ConfigError("the results are of different devices or layers; report on each alone")
+    lengths = sorted((at for result in results for at in result["lengths"]), key=lambda at: int(at["seq_len"]))
+    shape = _layer(results[0])
+    title = "One attention layer, Lighthouse against dense"
+    described = "B = 1, {num_heads} query heads, {num_kv_heads} KV heads, width {head_dim}.".format(**shape)
+    copies = sorted(float(result["copy_tb_per_s"]) for result in results)
+    notes = [
+        latency.NOTE,
+        f"{described} {setting(results[0]['environment'])}",
+        f"A large copy moves {copies[0]:.2f} to {copies[-1]:.2f} TB/s, read and written: the bandwidth of the floors.",
+    ]
+    tables = table(latency.HEADER, map(latency.row, lengths)) + "\n" + table(STAGES_HEADER, _stage_rows(lengths))
+    text = document(title, tables, notes, {})
+    write_text(name.with_suffix(".md"), text)
+    draw(lengths, f"{title}\n{described} {setting(results[0]['environment'])}", name.with_suffix(".png"))
+    return text
+
+
+def _layer(result: Record) -> Record:
+    return {key: result["config"][key] for key in ("num_heads", "num_kv_heads", "head_dim", "dtype")}
+
+
+def _stage_rows(lengths: Sequence[Record]) -> list[list[str]]:
+    rows = []
+    for at in lengths:
+        stages = at["stages"].items()
+        together = {key: sum(stage[key] for _, stage in stages) for key in ("p50_ms", "floor_ms")}
+        rows += [_stage_row(at, name, stage) for name, stage in [*stages, ("all stages", together)]]
+    return rows
+
+
+def _stage_row(at: Record, name: str, stage: Record) -> list[str]:
+    time, floor = stage["p50_ms"], stage["floor_ms"]
+    return [f"{at['seq_len']:,}", name, f"{time:.3f}", f"{floor:.3f}", f"{time / floor:.2f}"]
+
+
+def draw(lengths: Sequence[Record], title: str, path: Path) -> None:
+    """Times over length, both axes logarithmic, forward beside forward and backward.
+
+    Args:
+        lengths: ascending.
+        title: above both.
+        path: of the PNG.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or `path` cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("the picture needs matplotlib: pip install 'lhcp[plot]'") from None
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
+        _draw_kind(axes, lengths, kind)
+    figure.suptitle(title, fontsize=10)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from None
+
+
+def _draw_kind(axes: Axes, lengths: Sequence[Record], kind: str) -> None:
+    tokens = [at["seq_len"] for at in lengths]
+    dense, sparse, on_sub = (
+        [at[which][kind]["p50_ms"] for at in lengths] for which in ("dense", "lighthouse", "dense_on_subsequence")
+    )
+    roofline = [a + at["floor_ms"][kind] for a, at in zip(on_sub, lengths, strict=True)]
+    axes.plot(tokens, dense, "o-", color=DENSE, label="dense SDPA")
+    axes.plot(tokens, sparse, "o-", color=SPARSE, label="Lighthouse")
+    axes.plot(tokens, roofline, "--", color=FLOOR, label="dense SDPA on S + bytes / bandwidth")
+    axes.plot(tokens, on_sub, ":", color=ON_SUB, label="dense SDPA on S alone")
+    for at, x, y in zip(lengths, tokens, sparse, strict=True):
+        times = f"{at['ratio'][kind]:.3g}x"
+        axes.annotate(times, (x, y), (0, -14), textcoords="offset points", ha="center", fontsize=8, color=SPARSE)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens, [f"{x // 1024:,}K" if x < 2**20 else f"{x // 2**20}M" for x in tokens], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(KINDS[kind], fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
