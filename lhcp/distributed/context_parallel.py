@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName, Sharding
 from lhcp.distributed.collectives import all_gather
-from lhcp.distributed.exchange import attend, make_exchange
+from lhcp.distributed.exchange import attend, make_exchange, register
 from lhcp.distributed.halo import exchange_halo
 from lhcp.distributed.sharding import ChunkLayout
 
@@ -70,7 +70,8 @@ class ContextParallel:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.layout = ChunkLayout(self.size, sharding)
-        self.exchange = make_exchange(exchange, group, self.layout, self.rank, block_backend)
+        made = make_exchange(exchange, group, self.layout, self.rank, block_backend)
+        self.exchange = register(made, self.layout, group, block_backend)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -136,7 +137,7 @@ class ContextParallel:
         if q_BNHD.shape[1] % self.layout.chunks_per_rank:
             raise ConfigError(f"a {self.layout.sharding} shard of {q_BNHD.shape[1]} tokens is not two equal chunks")
         check_shapes(q_BNHD, k_BNGD, v_BNGD)
-        return attend(self.exchange, q_BNHD, k_BNGD, v_BNGD)
+        return attend(q_BNHD, k_BNGD, v_BNGD, self.exchange)
 
     def halo(self, rows: Tensor) -> Tensor:
         """For each of this rank's chunks, the `rows` of the chunk before it; zeros before the first (collective).

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from kernel_cases import *  # noqa: F403 (the cases are collected here)
+from kernel_layer_cases import *  # noqa: F403
 from lhcp.attention import LighthouseConfig, lighthouse, lighthouse_attention, select
 from lhcp.distributed import ContextParallel
 from lhcp.kernels.lighthouse import kernels_for, ops, reference

@@ -1,6 +1,6 @@
 """Exchanges: causal attention over sequence-sharded dense tensors, behind one interface.
 
-An exchange computes forward and backward on plain tensors; `attend` makes it one autograd node. Adding one
+An exchange computes forward and backward on plain tensors; `attend` makes it one torch op with a gradient. Adding one
 means implementing `Exchange` and naming it in `make_exchange`.
 """
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName
@@ -49,21 +48,63 @@ def make_exchange(
     return RingExchange(group, layout, rank, backend)
 
 
-def attend(exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`exchange` as a differentiable function; see `Exchange` for shapes."""
-    out: Tensor = _Attend.apply(exchange, q, k, v)  # type: ignore[no-untyped-call]
+_registered: dict[str, Exchange] = {}
+
+
+def register(exchange: Exchange, layout: ChunkLayout, group: ProcessGroup | None, backend: str) -> str:
+    """A name under which `attend` finds `exchange`; it says all that matters, so it is the same in every process."""
+    of = "" if group is None else group.group_name
+    name = f"{type(exchange).__name__}/{layout.sharding}/{backend}/{of}"
+    _registered[name] = exchange
+    return name
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> Tensor:
+    """The exchange registered as `exchange`, as a differentiable function; see `Exchange` for shapes."""
+    out: Tensor = _attend(q, k, v, exchange)[0]
     return out
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = exchange.forward(q, k, v)
-        ctx.exchange = exchange
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+# Opaque to torch.compile: it cannot trace point-to-point transfers, and must not order them anew. Outputs are
+# contiguous, whatever a kernel makes, so that they have the strides that the fake implementations promise.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        return None, *ctx.exchange.backward(grad, *ctx.saved_tensors)
+
+@torch.library.custom_op("lhcp::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
+    out, lse = _registered[exchange].forward(q, k, v)
+    return out.contiguous(), lse.contiguous()
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("lhcp::attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, exchange: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _registered[exchange].backward(grad, q, k, v, out, lse)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, exchange: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.exchange = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)  # none comes to the log-sum-exp
+
+
+def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
+    dq, dk, dv = _attend_backward(grad, *ctx.saved_tensors, ctx.exchange)
+    return dq, dk, dv, None
+
+
+_attend.register_autograd(_gradients, setup_context=_save)

@@ -123,8 +123,9 @@ class RingExchange:
             if step < world - 1:
                 kv_link.wait()
         dkv_link.wait()
-        own_dkv += arriving
-        return dq.to(q.dtype), own_dkv[0].to(k.dtype), own_dkv[1].to(v.dtype)
+        # Tensors of their own: outputs of a torch op must not share memory.
+        dk, dv = (own + arrived for own, arrived in zip(own_dkv, arriving, strict=True))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _part(self, step: int, length: int) -> Block | None:
         return visible_block(self._layout, self._rank, (self._rank - step) % self._layout.world, length)
