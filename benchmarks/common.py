@@ -25,21 +25,24 @@ from lhcp.launch.snapshot import code_digest
 
 WARM_UP = 2
 """Calls before the first that is timed."""
+HEAD_START = 4_000_000
+"""GPU cycles, about 2 ms, in which the host can queue a call."""
 NO_RESULT = "no result: see its log"
 
 Record = dict[str, Any]
 
 
-def timed(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
+def timed(call: Callable[[], object], device: torch.device, repeats: int, *, queued: bool = False) -> dict[str, float]:
     """Times of `call` after a warm-up, each that of the slowest rank (collective where there are ranks).
 
     On one GPU calls follow each other as in training, without waiting; else they begin together, one by one.
+    `queued`: on one GPU, all calls are queued before the first begins, so that what the host takes does not count.
 
     Returns:
         `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls, milliseconds.
     """
     if device.type == "cuda" and not dist.is_initialized():
-        milliseconds_of = _in_a_stream(call, repeats)
+        milliseconds_of = _in_a_stream(call, repeats, queued)
     else:
         milliseconds_of = [1e3 * seconds for seconds in _one_by_one(call, device, repeats)]
     times = torch.tensor(milliseconds_of, dtype=torch.float64, device=device)
@@ -49,10 +52,12 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int) -> dic
     return {f"p{p}_ms": float(value) for p, value in zip((20, 50, 80), percentiles, strict=True)}
 
 
-def _in_a_stream(call: Callable[[], object], repeats: int) -> list[float]:
+def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list[float]:
     """Milliseconds on the GPU."""
     for _ in range(WARM_UP):
         call()
+    if queued:
+        torch.cuda._sleep(HEAD_START * (WARM_UP + repeats))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:

@@ -8,6 +8,7 @@ writes NAME.md and NAME.png (which needs matplotlib). Exit codes: 0 done, 2 some
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -133,27 +134,43 @@ def draw(lengths: Sequence[Record], title: str, path: Path) -> None:
 
 def _draw_kind(axes: Axes, lengths: Sequence[Record], kind: str) -> None:
     tokens = [at["seq_len"] for at in lengths]
-    dense, sparse, on_sub = (
-        [at[which][kind]["p50_ms"] for at in lengths] for which in ("dense", "lighthouse", "dense_on_subsequence")
-    )
-    roofline = [a + at["floor_ms"][kind] for a, at in zip(on_sub, lengths, strict=True)]
-    axes.plot(tokens, dense, "o-", color=DENSE, label="dense SDPA")
-    axes.plot(tokens, sparse, "o-", color=SPARSE, label="Lighthouse")
-    axes.plot(tokens, roofline, "--", color=FLOOR, label="dense SDPA on S + bytes / bandwidth")
-    axes.plot(tokens, on_sub, ":", color=ON_SUB, label="dense SDPA on S alone")
-    for at, x, y in zip(lengths, tokens, sparse, strict=True):
-        times = f"{at['ratio'][kind]:.3g}x"
-        axes.annotate(times, (x, y), (0, -14), textcoords="offset points", ha="center", fontsize=8, color=SPARSE)
+    axes.plot(tokens, _times(lengths, "dense", kind), "o-", color=DENSE, label="dense SDPA")
+    by_pyramid = itertools.groupby(lengths, key=_pyramid)
+    for (pyramid, series), marker in zip(((name, list(group)) for name, group in by_pyramid), "osD^v", strict=False):
+        x, sparse = [at["seq_len"] for at in series], _times(series, "lighthouse", kind)
+        on_sub = _times(series, "dense_on_subsequence", kind)
+        roofline = [a + at["floor_ms"][kind] for a, at in zip(on_sub, series, strict=True)]
+        axes.plot(x, sparse, f"{marker}-", color=SPARSE, label=f"Lighthouse, {pyramid}")
+        first = pyramid == _pyramid(lengths[0])
+        axes.plot(x, roofline, "_--", color=FLOOR, label="its roofline: SDPA on S, and bytes" if first else None)
+        axes.plot(x, on_sub, "_:", color=ON_SUB, label="SDPA on S alone" if first else None)
+        for at, where, time in zip(series, x, sparse, strict=True):
+            times = f"{at['ratio'][kind]:.3g}x"
+            axes.annotate(
+                times, (where, time), (-2, 7), textcoords="offset points", ha="right", fontsize=8, color=SPARSE
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xticks(tokens, [f"{x // 1024:,}K" if x < 2**20 else f"{x // 2**20}M" for x in tokens], fontsize=8)
     axes.minorticks_off()
+    axes.set_xlim(right=1.5 * tokens[-1])
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
     axes.set_title(KINDS[kind], fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _times(lengths: Sequence[Record], which: str, kind: str) -> list[float]:
+    return [float(at[which][kind]["p50_ms"]) for at in lengths]
+
+
+def _pyramid(at: Record) -> str:
+    attention = at["attention"]
+    share = f"{at['seq_len'] / attention['topk']:g}"
+    return f"L={attention['num_levels']}, p={attention['pooling_factor']}, k=N/{share}"
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from lhcp.kernels.lighthouse.tile import first_stored
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _rows_in_memory(x: Tensor) -> Tensor:
-    """`x`, its rows contiguous: kernels take any strides but the last."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """`x` with contiguous rows, its heads within offsets of 32 bits of each other: all that kernels ask of strides."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ def _aligned(x: Tensor) -> Tensor:
     """
     if x.shape[-1] % 16:
         return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
-    unaligned = any(stride % 16 for stride in x.stride()[:-1]) or x.stride(-1) != 1 or x.data_ptr() % 16
-    return x.contiguous() if unaligned else x
+    x = _readable(x)
+    return x.contiguous() if any(stride % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16 else x
 
 
 def _pool_and_score(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _pool_and_score(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> tuple[
 
 
 def _pool_rows(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> Tensor:
-    return pool_kernels.pool(_rows_in_memory(x), num_kv_heads, shape)[0]
+    return pool_kernels.pool(_readable(x), num_kv_heads, shape)[0]
 
 
 def _empty_bits(x: Tensor, num_kv_heads: int, entries: int) -> Tensor:
@@ -168,7 +168,7 @@ def _gather(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, rows = PyramidShape(q.shape[1], num_levels, pooling_factor), rows.contiguous()
     pairs = ((q, pooled_q), (k, pooled_k), (v, pooled_v))
-    q_sub, k_sub, v_sub = (gather_kernels.gather(_rows_in_memory(x), pooled, rows, shape) for x, pooled in pairs)
+    q_sub, k_sub, v_sub = (gather_kernels.gather(_readable(x), pooled, rows, shape) for x, pooled in pairs)
     return q_sub, k_sub, v_sub
 
 
@@ -194,7 +194,7 @@ def _gather_backward(
     q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, inverse: Tensor, tokens: int, num_levels: int, pooling_factor: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, inverse = PyramidShape(tokens, num_levels, pooling_factor), inverse.contiguous()
-    dq, dk, dv = (gather_kernels.spread(_rows_in_memory(x), inverse, shape) for x in (q_grad, k_grad, v_grad))
+    dq, dk, dv = (gather_kernels.spread(_readable(x), inverse, shape) for x in (q_grad, k_grad, v_grad))
     return dq, dk, dv
 
 
@@ -243,9 +243,7 @@ def _scatter_back(
 ) -> Tensor:
     shape = PyramidShape(tokens, num_levels, pooling_factor)
     halo = None if halo is None else halo.contiguous()
-    return gather_kernels.spread(
-        _rows_in_memory(sub), inverse.contiguous(), shape, shifted_in=num_chunks, halo_CLBHD=halo
-    )
+    return gather_kernels.spread(_readable(sub), inverse.contiguous(), shape, shifted_in=num_chunks, halo_CLBHD=halo)
 
 
 @_scatter_back.register_fake
@@ -265,7 +263,7 @@ def _(
 @torch.library.custom_op("lhcp::scatter_back_backward", mutates_args=())
 def _scatter_back_backward(grad: Tensor, rows: Tensor, num_levels: int, pooling_factor: int, num_chunks: int) -> Tensor:
     shape = PyramidShape(grad.shape[1], num_levels, pooling_factor)
-    grad, rows = _rows_in_memory(grad), rows.contiguous()
+    grad, rows = _readable(grad), rows.contiguous()
     pooled, _ = pool_kernels.pool(grad, rows.shape[1], shape, shifted_in=num_chunks)
     return gather_kernels.gather(grad, pooled, rows, shape, shifted_in=num_chunks)
 

@@ -81,7 +81,7 @@ def _pool_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     # Heads lie side by side in memory, so their programs are neighbours.
-    group = tl.program_id(0) % groups
+    group = (tl.program_id(0) % groups).to(tl.int64)
     block = tl.program_id(0) // groups
     chunk = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)

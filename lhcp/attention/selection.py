@@ -87,7 +87,7 @@ class Selection:
     def _renumbered(self, flat: Tensor, *, to_held: bool) -> Tensor:
         """Flat indices of the whole sequence's pyramid -> of the held one, or back."""
         if len(self.chunks) == self.num_chunks:
-            return flat.contiguous()
+            return flat.to(torch.int32).contiguous()
         whole = _pyramid(self.config, self.seq_len)
         source, target = (whole, self.pyramid) if to_held else (self.pyramid, whole)
         level, index = source.unflatten(flat)
