@@ -154,7 +154,7 @@ def _draw_kind(axes: Axes, lengths: Sequence[Record], kind: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xticks(tokens, [f"{x // 1024:,}K" if x < 2**20 else f"{x // 2**20}M" for x in tokens], fontsize=8)
     axes.minorticks_off()
-    axes.set_xlim(right=1.5 * tokens[-1])
+    axes.set_xlim(tokens[0] / 1.7, 1.5 * tokens[-1])
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
     axes.set_title(KINDS[kind], fontsize=10)
