@@ -48,8 +48,28 @@ def timed(call: Callable[[], object], device: torch.device, repeats: int, *, que
     times = torch.tensor(milliseconds_of, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(times, dist.ReduceOp.MAX)
-    percentiles = np.percentile(times.cpu().numpy(), (20, 50, 80))
-    return {f"p{p}_ms": float(value) for p, value in zip((20, 50, 80), percentiles, strict=True)}
+    return percentiles(times.tolist())
+
+
+def percentiles(milliseconds_of: Sequence[float]) -> dict[str, float]:
+    """`p20_ms`, `p50_ms`, `p80_ms`."""
+    found = np.percentile(np.asarray(milliseconds_of), (20, 50, 80))
+    return {f"p{p}_ms": float(value) for p, value in zip((20, 50, 80), found, strict=True)}
+
+
+def difference(call: Callable[[], object], other: Callable[[], object], device: torch.device, repeats: int) -> Record:
+    """How much longer `call` takes than `other`, each pair one after the other: clocks drift more than they differ.
+
+    Returns:
+        Percentiles over `repeats` pairs.
+    """
+    if device.type == "cuda":
+        turns = itertools.cycle((call, other))
+        times = _in_a_stream(lambda: next(turns)(), 2 * repeats, queued=False)
+    else:
+        pairs = [(_one_by_one(call, device, 1), _one_by_one(other, device, 1)) for _ in range(repeats)]
+        times = [1e3 * seconds for pair in pairs for (seconds,) in pair]
+    return percentiles([a - b for a, b in zip(times[::2], times[1::2], strict=True)])
 
 
 def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list[float]:
@@ -138,6 +158,7 @@ def software(more: Mapping[str, str] | None = None) -> Record:
         "time": now(),
         "versions": versions() | dict(more or {}),
         "code": code_digest(),
+        "benchmark_code": code_digest(Path(__file__).parent),
         **{key.lower(): os.environ[key] for key in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if key in os.environ},
     }
 

@@ -11,8 +11,9 @@ check failed, 2 something that the user can correct.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from benchmarks.common import Record, environment, make_way, milliseconds, ratio
 from lhcp import config_file
 from lhcp.attention import select
 from lhcp.config import BlockBackendName, ConfigError, LighthouseConfig
+from lhcp.config.section import nearest_multiples
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv
 from lhcp.distributed.exchange.block import block_backend
@@ -31,10 +33,10 @@ from lhcp.kernels.lighthouse import kernels_for, reference
 
 NAME = "latency"
 MOST_LENGTHS = 8
-HEADER = ["N", "pyramid", "S", "lighthouse ms", "dense ms", "dense / lighthouse", "dense on S ms", "stages / floor"]
-HEADER += ["GiB above"]
-NOTE = """Times and ratios: forward / forward and backward, medians. Stages / floor: what the GPU takes for all that
-Lighthouse does besides dense attention on S, over the time that its bytes take. GiB above: the peak of forward and
+HEADER = ["N", "pyramid", "S", "lighthouse ms", "dense ms", "dense / lighthouse", "dense on S ms", "around ms"]
+HEADER += ["floor ms", "GiB above"]
+NOTE = """Times and ratios: forward / forward and backward, medians. Around: what Lighthouse takes besides dense attention on
+S, measured turn by turn. Floor: the time that the bytes which it must move take. GiB above: the peak of forward and
 backward above q, k, v, the output and the gradients of all."""
 
 
@@ -67,7 +69,7 @@ def _main(args: argparse.Namespace) -> int:
         raise ConfigError("latency measures one device; start it without torchrun (benchmarks.scaling takes several)")
     config = config_file.load(args.config, args.overrides)
     attention = config.attention.resolve(config.seq_len)
-    if args.seq_lens:
+    if args.seq_lens is not None:
         lengths = _given_lengths(args.seq_lens, attention, config.seq_len if args.scale_topk else None)
     elif args.scale_topk:
         raise ConfigError("--scale-topk needs --seq-lens")
@@ -128,7 +130,11 @@ def _given_lengths(text: str, attention: LighthouseConfig, of: int | None) -> di
         if of is not None:
             topk, rest = divmod(attention.topk * length, of)
             if rest:
-                raise ConfigError(f"--scale-topk: topk {attention.topk} at {of} tokens is no whole number at {length}")
+                unit = of // math.gcd(attention.topk, of)
+                raise ConfigError(
+                    f"--scale-topk: topk {attention.topk} at {of} tokens is no whole number at {length}; "
+                    f"nearest legal: {nearest_multiples(length, unit)}"
+                )
             # What is derived from topk is derived anew.
             scaled = attention.model_copy(update={"topk": topk, "num_strata": None})
         found[length] = scaled.resolve(length)
@@ -170,6 +176,7 @@ def measure(
             "dtype": layer.dtype,
         },
         "check": layers.check(layer, short, small, cp, layers.sdpa, backend),
+        "dense_kernel": layers.sdpa_kernel_of(layer),
         "environment": environment(layer.device, layer.dtype),
     }
     if not result["check"]["passed"]:
@@ -178,11 +185,12 @@ def measure(
     found = []
     for length, at in lengths.items():
         inputs = layer.inputs(length, seed=1)
+        outcome = None
         if kernels_for(inputs[0]) is not reference:
             outcome = layers.check_kernels(inputs, at, backend)
             if not outcome["passed"]:
                 return result | {"check": outcome}
-        found.append(_at(inputs, at, cp, bytes_per_ms, repeats))
+        found.append(_at(inputs, at, cp, bytes_per_ms, repeats) | {"check": outcome})
     return result | {"copy_tb_per_s": bytes_per_ms / 1e9, "lengths": found}
 
 
@@ -193,17 +201,17 @@ def _at(
     length = inputs[0].shape[1]
     sparse = layers.measure(layers.lighthouse(attention, cp), inputs, repeats)
     tensors = 2 * sum(x.nbytes for x in inputs)  # q, k, v, the output, and the gradients of all
-    sparse["memory_above_gib"] = sparse["peak_memory_gib"] - tensors / 2**30
+    on_gpu = inputs[0].is_cuda  # else the peak is that of the process
+    sparse["memory_above_gib"] = sparse["peak_memory_gib"] - tensors / 2**30 if on_gpu else None
 
     q, k, v, _ = inputs
     selection = select(q, k, attention, v=v, context_parallel=cp)
-    around = stages.measure(inputs, selection, bytes_per_ms, repeats)
-    sub = [x[:, : selection.entries.shape[-1]].clone() for x in inputs]
-    on_sub = layers.measure(layers.sdpa, sub, repeats)
+    alone = stages.measure(inputs, selection, bytes_per_ms, repeats)
     floors = {
-        "forward": sum(around[name]["floor_ms"] for name in stages.FORWARD),
-        "forward_backward": sum(stage["floor_ms"] for stage in around.values()),
+        "forward": sum(alone[name]["floor_ms"] for name in stages.FORWARD),
+        "forward_backward": sum(stage["floor_ms"] for stage in alone.values()),
     }
+    around = stages.around(layers.lighthouse(attention, cp), inputs, selection, repeats)
     dense = layers.measure(layers.sdpa, inputs, repeats)
     return {
         "seq_len": length,
@@ -211,8 +219,8 @@ def _at(
         "attention": attention.model_dump(mode="json"),
         "lighthouse": sparse,
         "dense": dense,
-        "dense_on_subsequence": on_sub,
-        "stages": around,
+        **around,
+        "stages": alone,
         "floor_ms": floors,
         "ratio": layers.ratio(dense, sparse),
     }
@@ -220,7 +228,7 @@ def _at(
 
 def row(result: Record) -> list[str]:
     """A line of the table under `HEADER`, of one element of `lengths`."""
-    attention = result["attention"]
+    attention, above = result["attention"], result["lighthouse"]["memory_above_gib"]
     return [
         f"{result['seq_len']:,}",
         f"L{attention['num_levels']} p{attention['pooling_factor']} k{attention['topk']}",
@@ -229,14 +237,10 @@ def row(result: Record) -> list[str]:
         milliseconds(result["dense"]),
         ratios(result["ratio"]),
         milliseconds(result["dense_on_subsequence"]),
-        f"{_over_floor(result, stages.FORWARD):.2f} / {_over_floor(result, result['stages']):.2f}",
-        f"{result['lighthouse']['memory_above_gib']:.2f}",
+        milliseconds(result["around"]),
+        f"{result['floor_ms']['forward']:.2f} / {result['floor_ms']['forward_backward']:.2f}",
+        "-" if above is None else f"{above:.2f}",
     ]
-
-
-def _over_floor(result: Record, names: Iterable[str]) -> float:
-    chosen = [result["stages"][name] for name in names]
-    return float(sum(stage["p50_ms"] for stage in chosen) / sum(stage["floor_ms"] for stage in chosen))
 
 
 if __name__ == "__main__":

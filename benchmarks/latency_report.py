@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="of NAME.md and NAME.png")
     args = parser.parse_args(argv)
     try:
-        text = report([_read(path) for path in args.results], args.out)
+        results = [_read(path) for path in args.results]
+        _check_alike(args.results, results)
+        text = report(results, args.out)
     except ConfigError as error:
         tell(error)
         return 2
@@ -49,9 +52,38 @@ def _read(path: Path) -> Record:
         raise ConfigError(f"{path} cannot be read ({error}); give a result of benchmarks.latency") from None
     if not isinstance(result, dict) or result.get("benchmark") != latency.NAME:
         raise ConfigError(f"{path} is not a result of benchmarks.latency")
-    if "lengths" not in result:
-        raise ConfigError(f"{path}: its check failed, so nothing was timed; leave it out")
+    if not result.get("lengths"):
+        raise ConfigError(f"{path}: nothing was timed, since its check failed; leave it out")
+    try:
+        [latency.row(at) for at in result["lengths"]]
+        _alike(result)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is of another version of benchmarks.latency ({error!r}); measure again") from None
     return result
+
+
+def _alike(result: Record) -> Record:
+    """What results in one table must have in common."""
+    environment = result["environment"]
+    alike = {key: environment[key] for key in ("devices", "versions", "code", "benchmark_code")}
+    return alike | _layer(result) | {"dense_kernel": result["dense_kernel"]}
+
+
+def _check_alike(paths: Sequence[Path], results: Sequence[Record]) -> None:
+    """Refuse results that do not belong in one table.
+
+    Raises:
+        ConfigError: naming the first difference, or a length that is there twice.
+    """
+    first = _alike(results[0])
+    for path, result in zip(paths, results, strict=True):
+        for key, value in _alike(result).items():
+            if value != first[key]:
+                raise ConfigError(f"{key}: {first[key]} in {paths[0]}, {value} in {path}; report on each alone")
+    measured = Counter((at["seq_len"], _pyramid(at)) for result in results for at in result["lengths"])
+    for (tokens, pyramid), times in measured.items():
+        if times > 1:
+            raise ConfigError(f"{tokens} tokens at {pyramid} are in the results {times} times; leave all but one out")
 
 
 def report(results: Sequence[Record], name: Path) -> str:
@@ -65,25 +97,24 @@ def report(results: Sequence[Record], name: Path) -> str:
         The text of NAME.md.
 
     Raises:
-        ConfigError: the results are of different GPUs or layers, or a file cannot be written.
+        ConfigError: a file cannot be written, or matplotlib is not installed.
     """
-    kinds = {json.dumps([_layer(result), result["environment"]["devices"]]) for result in results}
-    if len(kinds) > 1:
-        raise ConfigError("the results are of different devices or layers; report on each alone")
     lengths = sorted((at for result in results for at in result["lengths"]), key=lambda at: int(at["seq_len"]))
     shape = _layer(results[0])
     title = "One attention layer, Lighthouse against dense"
     described = "B = 1, {num_heads} query heads, {num_kv_heads} KV heads, width {head_dim}.".format(**shape)
+    kernel = results[0]["dense_kernel"].replace("_", " ")
     copies = sorted(float(result["copy_tb_per_s"]) for result in results)
     notes = [
         latency.NOTE,
-        f"{described} {setting(results[0]['environment'])}",
+        f"{described} Random normal q, k, v. Dense: PyTorch's SDPA, {kernel}. {setting(results[0]['environment'])}",
         f"A large copy moves {copies[0]:.2f} to {copies[-1]:.2f} TB/s, read and written: the bandwidth of the floors.",
     ]
     tables = table(latency.HEADER, map(latency.row, lengths)) + "\n" + table(STAGES_HEADER, _stage_rows(lengths))
     text = document(title, tables, notes, {})
-    write_text(name.with_suffix(".md"), text)
-    draw(lengths, f"{title}\n{described} {setting(results[0]['environment'])}", name.with_suffix(".png"))
+    caption = f"{title} (numbers: dense / Lighthouse)\n{described} {setting(results[0]['environment'])}"
+    draw(lengths, caption, name.with_name(f"{name.name}.png"))
+    write_text(name.with_name(f"{name.name}.md"), text)
     return text
 
 
@@ -123,10 +154,11 @@ def draw(lengths: Sequence[Record], title: str, path: Path) -> None:
         raise ConfigError("the picture needs matplotlib: pip install 'lhcp[plot]'") from None
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, kind in zip(figure.subplots(1, 2), KINDS, strict=True):
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
         _draw_kind(axes, lengths, kind)
     figure.suptitle(title, fontsize=10)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from None
@@ -154,9 +186,10 @@ def _draw_kind(axes: Axes, lengths: Sequence[Record], kind: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.set_xticks(tokens, [f"{x // 1024:,}K" if x < 2**20 else f"{x // 2**20}M" for x in tokens], fontsize=8)
     axes.minorticks_off()
-    axes.set_xlim(tokens[0] / 1.7, 1.5 * tokens[-1])
+    axes.set_xlim(tokens[0] / 2, 1.5 * tokens[-1])
     axes.set_xlabel("tokens")
     axes.set_ylabel("milliseconds")
+    axes.tick_params(labelleft=True)
     axes.set_title(KINDS[kind], fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

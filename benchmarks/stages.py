@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common import Record, timed
+from benchmarks.common import Record, difference, timed
+from benchmarks.layer import Attention, forward_backward, sdpa
+from benchmarks.layer import measure as measure_layer
 from lhcp.attention import Selection
 from lhcp.kernels.lighthouse import PyramidShape, kernels_for, reference
 from lhcp.kernels.lighthouse.tile import first_stored
@@ -26,6 +28,41 @@ def copy_bytes_per_ms(device: torch.device, repeats: int) -> float:
     source = torch.ones(COPIED if device.type == "cuda" else COPIED // 16, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timed(lambda: target.copy_(source), device, repeats)["p50_ms"]
+
+
+def around(sparse: Attention, inputs: Sequence[Tensor], selection: Selection, repeats: int) -> Record:
+    """Dense attention on the gathered rows alone, and what Lighthouse takes besides, measured turn by turn.
+
+    Args:
+        sparse: Lighthouse attention.
+        inputs: q, k, v and the gradient of the output.
+        selection: of the whole sequence.
+        repeats: pairs of calls that are timed.
+
+    Returns:
+        `dense_on_subsequence` and `around`: percentiles of `forward` and `forward_backward`.
+    """
+    q, k, v, grad = inputs
+    shape, (rows, inverse) = selection.pyramid, selection.index()
+    with torch.no_grad():
+        kernels = kernels_for(q)
+        pooled, _ = kernels.pool(q, k, v, shape, scores=False)
+        sub = [*kernels.gather((q, k, v), pooled, rows, inverse, shape), grad[:, : rows.shape[-1]].clone()]
+        del pooled
+
+    @torch.no_grad()
+    def forward(attention: Attention, tensors: Sequence[Tensor]) -> Tensor:
+        return attention(*tensors[:3])
+
+    device = q.device
+    calls = {"forward": forward, "forward_backward": forward_backward}
+    return {
+        "dense_on_subsequence": measure_layer(sdpa, sub, repeats),
+        "around": {
+            kind: difference(lambda: run(sparse, inputs), lambda: run(sdpa, sub), device, repeats)  # noqa: B023
+            for kind, run in calls.items()
+        },
+    }
 
 
 def measure(inputs: Sequence[Tensor], selection: Selection, bytes_per_ms: float, repeats: int) -> Record:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ def versions() -> dict[str, str]:
     found = {"lhcp": __version__, "python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
     return found | {"numpy": np.__version__}
 
 

@@ -18,8 +18,6 @@ from lhcp.kernels.lighthouse.pyramid import PyramidShape
 from lhcp.kernels.lighthouse.reference import Bits, Triple
 from lhcp.kernels.lighthouse.tile import first_stored
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def _readable(x: Tensor) -> Tensor:
     """`x` with contiguous rows, its heads within offsets of 32 bits of each other: all that kernels ask of strides."""

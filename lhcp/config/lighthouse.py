@@ -30,7 +30,7 @@ class LighthouseConfig(Section):
     cover_prefix: bool = True
     """Always select the first entry of each level, so that every position receives at least one row."""
     check_finite: bool = False
-    """Raise FloatingPointError when a score is not finite (costs a device synchronisation per layer)."""
+    """Raise FloatingPointError when a score is not finite. Costs a wait for the GPU per layer, and a graph break."""
 
     @property
     def coarsest_window(self) -> int:

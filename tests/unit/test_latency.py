@@ -57,7 +57,10 @@ def test_topk_is_in_proportion(result_file: Path) -> None:
     ("words", "message"),
     [
         (["--scale-topk"], "--scale-topk needs --seq-lens"),
-        (["--seq-lens", "48", "--scale-topk"], "--scale-topk: topk 32 at 1024 tokens is no whole number at 48"),
+        (
+            ["--seq-lens", "48", "--scale-topk"],
+            "--scale-topk: topk 32 at 1024 tokens is no whole number at 48; nearest legal: 32 or 64",
+        ),
     ],
 )
 def test_proportions_that_are_refused(
@@ -88,6 +91,21 @@ def test_bytes_are_those_of_the_rows_that_are_touched(levels: int, p: int, topk:
     assert moved["gather"] == (read + len(rows)) * row + index_bytes * len(rows)
     assert moved["scatter back"] == (len(rows) + 512) * row // 2 + index_bytes * shape.offsets[-1]
     assert moved["gather, backward"] == (len(rows) + 512) * row + index_bytes * shape.offsets[-1]
+
+
+def test_nothing_is_timed_where_scores_are_wrong(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float32 alone: in float64, where the expected selection is made, they are right."""
+    honest = reference.row_norms
+
+    def wrong(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+        norms = honest(x, num_kv_heads)
+        return norms if norms.dtype == torch.float64 else norms.flip(-1)
+
+    monkeypatch.setattr(reference, "row_norms", wrong)
+    assert latency.main([str(config_file), "--out", str(tmp_path / "x.json"), "--seq-lens", "1024"]) == 1
+    assert "check failed against one process in float64, N = 1,024: selection " in capsys.readouterr().err
 
 
 def test_nothing_is_timed_where_the_kernels_differ_from_plain_pytorch(
@@ -136,12 +154,17 @@ def test_report_refuses(result_file: Path, tmp_path: Path, capsys: pytest.Captur
     result = json.loads(result_file.read_text())
     write_json(tmp_path / "b200.json", result | {"environment": result["environment"] | {"devices": ["NVIDIA B200"]}})
     write_json(tmp_path / "failed.json", {key: value for key, value in result.items() if key != "lengths"})
+    write_json(tmp_path / "again.json", result)
+    old = [{key: value for key, value in at.items() if key != "around"} for at in result["lengths"]]
+    write_json(tmp_path / "old.json", result | {"lengths": old})
     write_json(tmp_path / "scaling.json", {"benchmark": "scaling"})
     (tmp_path / "torn.json").write_text("{")
     out = ["--out", str(tmp_path / "report")]
     for file, message in {
-        "b200.json": "the results are of different devices or layers; report on each alone",
-        "failed.json": "its check failed, so nothing was timed; leave it out",
+        "b200.json": f"devices: {result['environment']['devices']} in {result_file}, ['NVIDIA B200'] in ",
+        "failed.json": "nothing was timed, since its check failed; leave it out",
+        "old.json": "is of another version of benchmarks.latency (KeyError('around')); measure again",
+        "again.json": "512 tokens at L=3, p=4, k=N/32 are in the results 2 times; leave all but one out",
         "scaling.json": "is not a result of benchmarks.latency",
         "torn.json": "cannot be read",
         "absent.json": "cannot be read",
