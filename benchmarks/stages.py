@@ -104,6 +104,22 @@ def measure(inputs: Sequence[Tensor], selection: Selection, bytes_per_ms: float,
     }
 
 
+def least_bytes(shape: PyramidShape, slots: int, qkv: Sequence[Tensor]) -> dict[str, int]:
+    """The bytes around attention that no division of the work avoids.
+
+    Forward: q, k and v are read, the sub-sequence written, its output read and the whole output written. Backward
+    likewise, the other way round.
+    """
+    forward = sum(_row_bytes(qkv)) * (shape.length + slots)
+    return {"forward": forward, "forward_backward": 2 * forward}
+
+
+def _row_bytes(qkv: Sequence[Tensor]) -> tuple[int, int]:
+    """Bytes of a token's row of q, and of those of q, k and v, over the batch."""
+    query, key, value = (x[0, 0].nbytes * x.shape[0] for x in qkv)
+    return query, query + key + value
+
+
 def stage_bytes(shape: PyramidShape, topk: int, slots: int, qkv: Sequence[Tensor]) -> dict[str, int]:
     """The bytes that each stage must move, as the kernels divide the work.
 
@@ -115,7 +131,7 @@ def stage_bytes(shape: PyramidShape, topk: int, slots: int, qkv: Sequence[Tensor
     """
     tokens, p, levels = shape.length, shape.pooling_factor, shape.num_levels
     batch, groups = qkv[0].shape[0], qkv[1].shape[2]
-    query_row, all_rows = (sum(x[0, 0].nbytes for x in some) * batch for some in (qkv[:1], qkv))
+    query_row, all_rows = _row_bytes(qkv)
     stored = sum(shape.sizes[first_stored(levels) :])
     word = 4 * batch * groups
     scores, index = word * 2 * sum(shape.sizes[1:]), word * slots

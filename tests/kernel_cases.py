@@ -322,6 +322,39 @@ def test_scatter_back(case: Case, dtype: torch.dtype, chunks: int) -> None:
         assert_as_exact(value, other, expected)
 
 
+def differently_stored(x: Tensor) -> dict[str, Tensor]:
+    """The same values in other places of memory."""
+    return {
+        "heads first": x.transpose(1, 2).contiguous().transpose(1, 2),
+        "tokens last": x.movedim(1, -1).contiguous().movedim(-1, 1),
+        "every second": torch.stack([x, x], -1).flatten(-2)[..., ::2],
+        "odd address": torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    }
+
+
+@pytest.mark.parametrize("width", [6, 16])
+@pytest.mark.parametrize("name", ["heads first", "tokens last", "every second", "odd address"])
+def test_rows_may_lie_anywhere(name: str, width: int) -> None:
+    """Forward and backward of every op, bit for bit."""
+    case = Case(2, 48, 4, 2, width, 3, 2, 2, 2)
+    rows, inverse = case.index()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, grads: list[Tensor]) -> list[Tensor]:
+        pooled, bits = ops.pool(q, k, v, case.shape, scores=True)
+        assert bits is not None
+        sub = ops.gather((q, k, v), pooled, rows, inverse, case.shape)
+        back = torch.ops.lhcp.gather_backward(*grads, inverse, case.tokens, case.levels, case.p)
+        whole = ops.scatter_back(grads[0], rows, inverse, case.shape, 1, None)
+        sub_grad = torch.ops.lhcp.scatter_back_backward(out, rows, case.levels, case.p, 1)
+        return [*pooled, *bits, ops.score(q, case.groups, case.shape), *sub, *back, whole, sub_grad]
+
+    tensors = [x.contiguous() for x in case.tensors(torch.float32)]
+    grads = [x[:, : rows.shape[-1]].contiguous() for x in case.tensors(torch.float32, seed=1)[:3]]
+    expected = run(*tensors, grads)
+    other = run(*(differently_stored(x)[name] for x in tensors), [differently_stored(x)[name] for x in grads])
+    assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
 def test_a_gradient_may_be_one_number_expanded() -> None:
     case = CASES["L3 p4 GQA"]
     rows, inverse = case.index()

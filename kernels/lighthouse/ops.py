@@ -30,10 +30,12 @@ def _aligned(x: Tensor) -> Tensor:
     The alignment decides which thread loads what, and so in which order a row is summed: equal rows must have
     equal scores, whatever tensor they are in.
     """
-    if x.shape[-1] % 16:
-        return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16))
     x = _readable(x)
-    return x.contiguous() if any(stride % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16 else x
+    if x.shape[-1] % 16:
+        return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)).contiguous()
+    if any(stride % 16 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def _pool_and_score(x: Tensor, num_kv_heads: int, shape: PyramidShape) -> tuple[Tensor, Tensor]:

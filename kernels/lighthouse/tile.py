@@ -6,8 +6,8 @@ from __future__ import annotations
 def first_stored(num_levels: int) -> int:
     """The finest level whose pooled rows are stored.
 
-    The p rows under a gathered entry of level 1 are read again instead: at most as many bytes as writing the
-    level, of which a small part is gathered. The coarsest level is gathered whole, so it is always stored.
+    The p rows under a gathered entry of level 1 are read again instead: for k <= N / p^3 no more bytes than writing
+    the level and reading what is gathered of it. The coarsest level is gathered whole, so it is always stored.
     """
     return min(2, num_levels - 1)
 

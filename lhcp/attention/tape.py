@@ -7,8 +7,7 @@ between the two runs, could choose other entries: gradients of something that wa
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 from lhcp.attention.selection import Selection
 
@@ -31,18 +30,9 @@ class SelectionTape:
         self._replayed += 1
         return self._selections[self._replayed - 1]
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around the forward pass."""
-        with _use(self):
-            yield
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Around the recomputation."""
+    def rewind(self) -> None:
+        """Begin to replay, from the first selection on."""
         self._replayed = 0
-        with _use(self):
-            yield
 
 
 class _Active(threading.local):
@@ -54,19 +44,27 @@ class _Active(threading.local):
 _active = _Active()
 
 
-@contextmanager
-def _use(tape: SelectionTape) -> Iterator[None]:
-    before, _active.tape = _active.tape, tape
-    try:
-        yield
-    finally:
-        _active.tape = before
+class _Use(AbstractContextManager[None]):
+    """`tape` in use on this thread. Entered anew at every backward pass of a graph that is kept."""
+
+    def __init__(self, tape: SelectionTape, *, replay: bool) -> None:
+        self._tape, self._replay = tape, replay
+        self._before: list[SelectionTape | None] = []
+
+    def __enter__(self) -> None:
+        if self._replay:
+            self._tape.rewind()
+        self._before.append(_active.tape)
+        _active.tape = self._tape
+
+    def __exit__(self, *error: object) -> None:
+        _active.tape = self._before.pop()
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of `torch.utils.checkpoint.checkpoint`: a new tape, recording and replaying."""
     tape = SelectionTape()
-    return tape.recording(), tape.replaying()
+    return _Use(tape, replay=False), _Use(tape, replay=True)
 
 
 def recorded() -> Selection | None:

@@ -70,8 +70,8 @@ class ContextParallel:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.layout = ChunkLayout(self.size, sharding)
-        made = make_exchange(exchange, group, self.layout, self.rank, block_backend)
-        self.exchange = register(made, self.layout, group, block_backend)
+        self._exchange = make_exchange(exchange, group, self.layout, self.rank, block_backend)
+        self.exchange = register(self._exchange, block_backend)
 
     @property
     def chunks(self) -> tuple[int, ...]:

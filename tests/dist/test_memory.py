@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from lhcp.attention import layers, select_from_scores
-from lhcp.attention.tape import SelectionTape
+from lhcp.attention import layers, lighthouse_attention, select_from_scores
+from lhcp.attention.tape import SelectionTape, checkpoint_contexts
 from lhcp.config import RunConfig
 from lhcp.kernels.lighthouse import reference
 from lhcp.model import llama
@@ -110,5 +111,18 @@ def test_a_tape_replays_in_order() -> None:
     for selection in made:
         assert tape.next() is None
         tape.record(selection)
-    with tape.replaying():
+    for _ in range(2):
+        tape.rewind()
         assert [tape.next() for _ in made] == made
+
+
+def test_a_kept_graph_can_be_recomputed_twice() -> None:
+    config = make_config(Path("unused"), 1, 1).attention
+    qkv = [torch.randn(1, 360, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    whole = lighthouse_attention(*qkv, config).square().sum()
+    function = partial(lighthouse_attention, cfg=config)
+    again = checkpoint(function, *qkv, use_reentrant=False, context_fn=checkpoint_contexts).square().sum()
+    expected = torch.autograd.grad(whole, qkv)
+    for _ in range(2):
+        found = torch.autograd.grad(again, qkv, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -148,11 +148,35 @@ def test_rows_beyond_two_to_the_31() -> None:
             assert torch.equal(
                 level.narrow(dim, level.shape[dim] - level_end.shape[dim], level_end.shape[dim]), level_end
             )
+    del pooled_end, bits_end
     rows = ops.select(*bits, shape, config.strata, config.topk // config.strata, True)
-    sub = ops.gather((q, k, v), pooled, rows, reference.invert(rows, shape.offsets[-1]), shape)
-    # The last slots of all are, from the end: the last entry of each level, the coarsest last.
+    inverse = reference.invert(rows, shape.offsets[-1])
+    sub = ops.gather((q, k, v), pooled, rows, inverse, shape)
+    # The last slot of all is the last entry of the coarsest level.
     for x, gathered in zip((q, k, v), sub, strict=True):
         torch.testing.assert_close(gathered[0, -1], x[0, -64:].float().mean(0).bfloat16())
+    del fused, q, k, v, pooled
+
+    # Tokens take the rows of their entries, and the last entries the tokens that they reach.
+    tail_of = torch.arange(tokens - 1024, tokens, device="cuda")
+    expected = {0: torch.zeros(1, 1024, 8, 128, device="cuda"), 1: torch.zeros(1, 1024, 8, 128, device="cuda")}
+    for level, offset in enumerate(shape.offsets[:-1]):
+        for shift, total in expected.items():
+            entry = (tail_of + shift) // 4**level - shift
+            taken = reference.take_rows(sub[0], inverse[..., offset + entry]).float()
+            total += taken if shift else taken / 4**level
+    dq, _, dv = torch.ops.lhcp.gather_backward(*sub, inverse, tokens, shape.num_levels, 4)
+    torch.testing.assert_close(dq[:, -1024:], expected[0].bfloat16())
+    del dq
+    out = ops.scatter_back(sub[0], rows, inverse, shape, 1, None)
+    torch.testing.assert_close(out[:, -1024:], expected[1].bfloat16())
+    back = torch.ops.lhcp.scatter_back_backward(dv, rows, shape.num_levels, 4, 1)
+    # The last entry of the coarsest level reaches the last token alone, the one before it 64 tokens.
+    assert torch.equal(back[0, -1], dv[0, -1])
+    before = inverse[0, :, -2]
+    expected_before = dv[0, -65:-1].float().sum(0)
+    for head in range(8):
+        torch.testing.assert_close(back[0, before[head], head], expected_before[head].bfloat16())
 
 
 MEMCHECK = """

@@ -49,8 +49,9 @@ def test_topk_is_in_proportion(result_file: Path) -> None:
     for at in found:
         assert set(at["stages"]) == {*stages.FORWARD, *stages.BACKWARD}
         assert all(stage["p50_ms"] > 0 < stage["floor_ms"] for stage in at["stages"].values())
-        total = sum(stage["floor_ms"] for stage in at["stages"].values())
-        assert at["floor_ms"]["forward"] < at["floor_ms"]["forward_backward"] == pytest.approx(total)
+        # Never more than the stages move, which hand more to each other.
+        for kind, names in {"forward": stages.FORWARD, "forward_backward": at["stages"]}.items():
+            assert 0 < at["floor_ms"][kind] < sum(at["stages"][name]["floor_ms"] for name in names)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,9 @@ def test_bytes_are_those_of_the_rows_that_are_touched(levels: int, p: int, topk:
     assert moved["pool and score"] == (512 + stored) * row + 2 * index_bytes * sum(shape.sizes[1:])
     assert moved["gather"] == (read + len(rows)) * row + index_bytes * len(rows)
     assert moved["scatter back"] == (len(rows) + 512) * row // 2 + index_bytes * shape.offsets[-1]
+    least = stages.least_bytes(shape, len(rows), (q, k, k))
+    # q, k, v in, the output out; the sub-sequence out, its output in.
+    assert least["forward"] == (512 + len(rows)) * (row + row // 2)
     assert moved["gather, backward"] == (len(rows) + 512) * row + index_bytes * shape.offsets[-1]
 
 

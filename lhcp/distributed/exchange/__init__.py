@@ -6,7 +6,9 @@ means implementing `Exchange` and naming it in `make_exchange`.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -48,15 +50,24 @@ def make_exchange(
     return RingExchange(group, layout, rank, backend)
 
 
-_registered: dict[str, Exchange] = {}
+_local: dict[str, Exchange] = {}
+# Owned by their `ContextParallel`, and by the graphs that await backward: process groups must not outlive them.
+_shared: WeakValueDictionary[str, Exchange] = WeakValueDictionary()
+_count = itertools.count()
 
 
-def register(exchange: Exchange, layout: ChunkLayout, group: ProcessGroup | None, backend: str) -> str:
-    """A name under which `attend` finds `exchange`; it says all that matters, so it is the same in every process."""
-    of = "" if group is None else group.group_name
-    name = f"{type(exchange).__name__}/{layout.sharding}/{backend}/{of}"
-    _registered[name] = exchange
+def register(exchange: Exchange, backend: str) -> str:
+    """A name under which `attend` finds `exchange`: its own, or that of all local ones with `backend`."""
+    if isinstance(exchange, LocalExchange):
+        _local[backend] = exchange
+        return backend
+    name = f"{type(exchange).__name__}-{next(_count)}"
+    _shared[name] = exchange
     return name
+
+
+def _named(name: str) -> Exchange:
+    return _local[name] if name in _local else _shared[name]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> Tensor:
@@ -71,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> Tensor:
 
 @torch.library.custom_op("lhcp::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
-    out, lse = _registered[exchange].forward(q, k, v)
+    out, lse = _named(exchange).forward(q, k, v)
     return out.contiguous(), lse.contiguous()
 
 
@@ -85,7 +96,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, exchange: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _registered[exchange].backward(grad, q, k, v, out, lse)
+    dq, dk, dv = _named(exchange).backward(grad, q, k, v, out, lse)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -98,11 +109,14 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.exchange = inputs
+    ctx.owned = _named(ctx.exchange)
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # none comes to the log-sum-exp
 
 
-def _gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
+def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
+    # A rank without a gradient joins the others' backward all the same.
+    grad = torch.zeros_like(ctx.saved_tensors[3]) if grad is None else grad
     dq, dk, dv = _attend_backward(grad, *ctx.saved_tensors, ctx.exchange)
     return dq, dk, dv, None
 
