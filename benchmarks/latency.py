@@ -37,9 +37,9 @@ HEADER = [
     *("N", "pyramid", "S", "lighthouse ms", "dense ms", "dense / lighthouse"),
     *("dense on S ms", "around ms", "floor ms", "GiB above"),
 ]
-NOTE = """Times and ratios: forward / forward and backward, medians. Around: what Lighthouse takes besides dense attention
-on S, measured turn by turn. Floor: the time of the bytes around attention that no division of the work avoids. GiB
-above: the peak of forward and backward above q, k, v, the output and the gradients of all."""
+NOTE = """Times and ratios: forward / forward and backward, medians. Around: what Lighthouse takes besides dense
+attention on S, measured turn by turn. Floor: the time of the bytes around attention that no division of the work
+avoids. GiB above: the peak of forward and backward above q, k, v, the output and the gradients of all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

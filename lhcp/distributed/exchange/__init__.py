@@ -72,7 +72,7 @@ def _named(name: str) -> Exchange:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> Tensor:
     """The exchange registered as `exchange`, as a differentiable function; see `Exchange` for shapes."""
-    out: Tensor = _attend(q, k, v, exchange)[0]
+    out: Tensor = torch.ops.lhcp.attend(q, k, v, exchange)[0]
     return out
 
 
@@ -80,19 +80,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> Tensor:
 # contiguous, whatever a kernel makes, so that they have the strides that the fake implementations promise.
 
 
-@torch.library.custom_op("lhcp::attend", mutates_args=())
+torch.library.define(
+    "lhcp::attend",
+    "(Tensor q, Tensor k, Tensor v, str exchange) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "lhcp::attend_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str exchange) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("lhcp::attend", "default")
 def _attend(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
     out, lse = _named(exchange).forward(q, k, v)
     return out.contiguous(), lse.contiguous()
 
 
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
+def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, exchange: str) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("lhcp::attend_backward", mutates_args=())
+@torch.library.impl("lhcp::attend_backward", "default")
 def _attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, exchange: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +111,7 @@ def _attend_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_attend_backward.register_fake
-def _(
+def _attend_backward_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, exchange: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -117,8 +127,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor, Tensor, Tensor, None]:
     # A rank without a gradient joins the others' backward all the same.
     grad = torch.zeros_like(ctx.saved_tensors[3]) if grad is None else grad
-    dq, dk, dv = _attend_backward(grad, *ctx.saved_tensors, ctx.exchange)
+    dq, dk, dv = torch.ops.lhcp.attend_backward(grad, *ctx.saved_tensors, ctx.exchange)
     return dq, dk, dv, None
 
 
-_attend.register_autograd(_gradients, setup_context=_save)
+torch.library.register_fake("lhcp::attend", _attend_shapes)
+torch.library.register_fake("lhcp::attend_backward", _attend_backward_shapes)
+torch.library.register_autograd("lhcp::attend", _gradients, setup_context=_save)
