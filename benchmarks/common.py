@@ -25,6 +25,8 @@ from lhcp.launch.snapshot import code_digest
 
 WARM_UP = 2
 """Calls before the first that is timed."""
+LEAST_MS, MOST_TURNS = 1000, 20
+"""Time that calls on a GPU are measured for, and how many times `repeats` they may be for it."""
 HEAD_START = 4_000_000
 """GPU cycles, about 2 ms, in which the host can queue a call."""
 NO_RESULT = "no result: see its log"
@@ -35,11 +37,12 @@ Record = dict[str, Any]
 def timed(call: Callable[[], object], device: torch.device, repeats: int, *, queued: bool = False) -> dict[str, float]:
     """Times of `call` after a warm-up, each that of the slowest rank (collective where there are ranks).
 
-    On one GPU calls follow each other as in training, without waiting; else they begin together, one by one.
+    On one GPU calls follow each other as in training, without waiting, for a second at least; else they begin
+    together, one by one.
     `queued`: on one GPU, all calls are queued before the first begins, so that what the host takes does not count.
 
     Returns:
-        `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls, milliseconds.
+        `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls or more, milliseconds.
     """
     if device.type == "cuda" and not dist.is_initialized():
         milliseconds_of = _in_a_stream(call, repeats, queued)
@@ -61,7 +64,7 @@ def difference(call: Callable[[], object], other: Callable[[], object], device: 
     """How much longer `call` takes than `other`, each pair one after the other: clocks drift more than they differ.
 
     Returns:
-        Percentiles over `repeats` pairs.
+        Percentiles over `repeats` pairs or more.
     """
     if device.type == "cuda":
         turns = itertools.cycle((call, other))
@@ -73,11 +76,18 @@ def difference(call: Callable[[], object], other: Callable[[], object], device: 
 
 
 def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list[float]:
-    """Milliseconds on the GPU."""
+    """Milliseconds on the GPU, of `repeats` calls or more, until they make `LEAST_MS`: short of that a GPU at its limit
+    of power has not settled on a clock, and the same kernel takes 10% more or less from one second to the next."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(WARM_UP):
+        first.record()
         call()
+        last.record()
+    torch.cuda.synchronize()
+    turns = math.ceil(LEAST_MS / repeats / max(0.01, first.elapsed_time(last)))
+    repeats *= max(1, min(turns, MOST_TURNS))
     if queued:
-        torch.cuda._sleep(HEAD_START * (WARM_UP + repeats))
+        torch.cuda._sleep(HEAD_START * repeats)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
