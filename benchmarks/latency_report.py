@@ -177,7 +177,7 @@ def _draw_kind(axes: Axes, lengths: Sequence[Record], kind: str) -> None:
         axes.plot(x, roofline, "_--", color=FLOOR, label="its roofline: SDPA on S, and bytes" if first else None)
         axes.plot(x, on_sub, "_:", color=ON_SUB, label="SDPA on S alone" if first else None)
         for at, where, time in zip(series, x, sparse, strict=True):
-            times = f"{at['ratio'][kind]:.3g}x"
+            times = f"{at['ratio'][kind]:.{0 if at['ratio'][kind] > 99 else 1}f}x"
             axes.annotate(
                 times, (where, time), (-2, 7), textcoords="offset points", ha="right", fontsize=8, color=SPARSE
             )
