@@ -103,7 +103,7 @@ CASES = {
     "L3 p4 GQA": Case(1, 96, 4, 1, 16, 3, 4, 2, 2),
     "L3 p3 three query heads": Case(2, 108, 6, 2, 10, 3, 3, 3, 2),
     "L4 p2 all selected": Case(1, 64, 2, 2, 9, 4, 2, 4, 2),
-    "L3 p9": Case(1, 162, 1, 1, 5, 3, 9, 2, 1),
+    "L2 p9": Case(1, 36, 1, 1, 5, 2, 9, 2, 2),
     "no cover": Case(2, 80, 2, 1, 8, 3, 2, 2, 2, cover=False),
 }
 if not INTERPRETED:  # each costs seconds of compiling
@@ -184,6 +184,8 @@ def test_scores(case: Case, dtype: torch.dtype) -> None:
 @EVERY_CASE
 def test_equal_rows_have_equal_scores(case: Case, dtype: torch.dtype) -> None:
     """Wherever they are: in a view of a projection, in a tensor of their own, in part of the sequence."""
+    if INTERPRETED and (case is not CASES["L3 p4 GQA"] or dtype == torch.float32):
+        pytest.skip("numpy adds in one order: only a GPU can fail here in more than one case")
     for x in case.tensors(dtype)[:2]:
         levels = ops.score(x, case.groups, case.shape).split(case.shape.sizes[1:], -1)
         shifted = torch.cat([x[..., :1], x], -1)[..., 1:]  # rows that begin at odd addresses
@@ -220,13 +222,13 @@ FORESTS = [
     *((3, 2, 1, 7, budget) for budget in range(2, 8)),
     (2, 4, 2, 5, 3),
     (4, 2, 1, 6, 4),
-    (4, 3, 2, 3, 2),
+    (4, 3, 1, 4, 2),
     (3, 4, 1, 11, 7),
     (2, 2, 3, 4, 4),
 ]
 if not INTERPRETED:
     FORESTS += [(3, 4, 3, 37, 31), (4, 3, 2, 512, 128), (2, 2, 2, 512, 512), (4, 4, 2, 512, 511)]
-STREAMED = [(3, 2, 1, 7, 5), (4, 2, 1, 6, 4)]
+STREAMED = [(3, 2, 1, 7, 5)] + ([] if INTERPRETED else [(4, 2, 1, 6, 4)])
 LARGE = [(2, 4, 2, 8_192, 4_000), (3, 2, 1, 20_000, 9_999), (2, 2, 1, 50_000, 50_000)]
 
 
@@ -332,7 +334,7 @@ def differently_stored(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("width", [6, 16])
+@pytest.mark.parametrize("width", [6] if INTERPRETED else [6, 16])
 @pytest.mark.parametrize("name", ["heads first", "tokens last", "every second", "odd address"])
 def test_rows_may_lie_anywhere(name: str, width: int) -> None:
     """Forward and backward of every op, bit for bit."""
