@@ -37,9 +37,14 @@ Record = dict[str, Any]
 def timed(call: Callable[[], object], device: torch.device, repeats: int, *, queued: bool = False) -> dict[str, float]:
     """Times of `call` after a warm-up, each that of the slowest rank (collective where there are ranks).
 
-    On one GPU calls follow each other as in training, without waiting, for a second at least; else they begin
-    together, one by one.
-    `queued`: on one GPU, all calls are queued before the first begins, so that what the host takes does not count.
+    On one GPU calls follow each other as in training, without waiting, for `LEAST_MS` or `MOST_TURNS` times `repeats`;
+    else they begin together, one by one.
+
+    Args:
+        call: what is timed.
+        device: where it runs.
+        repeats: calls that are timed, at least.
+        queued: on one GPU, queue all calls before the first begins, so that what the host takes does not count.
 
     Returns:
         `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls or more, milliseconds.
@@ -76,8 +81,11 @@ def difference(call: Callable[[], object], other: Callable[[], object], device: 
 
 
 def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list[float]:
-    """Milliseconds on the GPU, of `repeats` calls or more, until they make `LEAST_MS`: short of that a GPU at its limit
-    of power has not settled on a clock, and the same kernel takes 10% more or less from one second to the next."""
+    """Milliseconds on the GPU, of as many calls as make `LEAST_MS`.
+
+    Short of that a GPU at its limit of power has not settled on a clock: the same kernel takes 10% more or less from
+    one second to the next.
+    """
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(WARM_UP):
         first.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from lhcp import config_file
 from lhcp.config import ConfigError, LighthouseConfig, RunConfig, legal_num_strata
+from lhcp.config.lighthouse import _resolved
 from lhcp.presets import MODEL_PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -335,6 +337,27 @@ def test_legal_num_strata_are_those_that_resolve() -> None:
         else:
             with pytest.raises(ConfigError, match=f"num_strata {strata} is not legal"):
                 config.resolve(1536)
+
+
+def test_a_resolved_configuration_is_kept_where_it_is_legal_and_refused_where_not() -> None:
+    """A layer asks at every call, so there is a short way: it must say what the long one does."""
+    kept = refused = 0
+    for levels, topk, strata, seq_len, num_chunks, dilation in itertools.product(
+        (2, 3), (4, 6, 16, 40), (1, 2, 3, 4, 8), (96, 100, 128, 360, 720), (1, 2, 4), (None, 4, 5)
+    ):
+        scorer = {"scorer": "dilated", "dilation": dilation} if dilation else {}
+        config = LighthouseConfig(num_levels=levels, pooling_factor=3, topk=topk, num_strata=strata, **scorer)
+        try:
+            expected = _resolved.__wrapped__(config, seq_len, num_chunks)
+        except ConfigError as error:
+            with pytest.raises(ConfigError, match=re.escape(str(error))):
+                config.resolve(seq_len, num_chunks)
+            refused += 1
+        else:
+            assert config.resolve(seq_len, num_chunks) is config
+            assert expected == config
+            kept += 1
+    assert kept > 50 < refused
 
 
 def test_stage_at(smallest: Path) -> None:

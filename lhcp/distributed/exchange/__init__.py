@@ -119,7 +119,7 @@ def _attend_backward_shapes(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.exchange = inputs
-    ctx.owned = _named(ctx.exchange)
+    ctx.alive = _named(ctx.exchange)  # until backward, also where nobody else keeps it
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # none comes to the log-sum-exp
 
