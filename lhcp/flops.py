@@ -21,7 +21,7 @@ def step_flops(config: RunConfig, mode: StageMode) -> float:
     num_sparse = model.num_layers - num_dense
     pairs = num_dense * seq_len**2 / 2
     if num_sparse:
-        pairs += num_sparse * config.attention.subsequence_length(seq_len) ** 2 / 2
+        pairs += num_sparse * config.attention.subsequence_length(config.padded_len) ** 2 / 2
     forward = 2 * matrices * seq_len + 4 * pairs * width
     return 3.0 * forward * config.global_batch_size
 

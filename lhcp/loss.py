@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
-"""Label of a position without a target."""
+from lhcp.data import IGNORE
 
 
 def linear_cross_entropy(hidden_BNE: Tensor, weight_VE: Tensor, labels_BN: Tensor, chunk: int = 4096) -> Tensor:

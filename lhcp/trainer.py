@@ -12,10 +12,9 @@ from lhcp.checkpoint.manifest import Checkpoint, Manifest
 from lhcp.checkpoint.state import create_moments, load, state_tensors
 from lhcp.checks import data_entry
 from lhcp.config import EvalMode, RunConfig, StageMode
-from lhcp.data import BatchLoader, TokenDataset
+from lhcp.data import IGNORE, BatchLoader, TokenDataset
 from lhcp.environment import now, versions
 from lhcp.eval.held_out import held_out_loss, no_attention
-from lhcp.loss import IGNORE
 from lhcp.model.llama import AttentionFunction, Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
 from lhcp.parallelize import Mesh, full, recompute, shard_model, sum_over_ranks
@@ -42,7 +41,7 @@ class Trainer:
         self.config, self.mesh, self.device = config, mesh, device
         self.data = data_entry(config)
         cp = mesh.context_parallel
-        self.positions = cp.positions(config.seq_len, device)
+        self.positions = cp.positions(config.padded_len, device)
         self.loader = BatchLoader(
             TokenDataset(config.data.path, "train"),
             seq_len=config.seq_len,
@@ -51,7 +50,7 @@ class Trainer:
             seed=config.seed,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp_size,
-            runs=cp.layout.runs(cp.rank, config.seq_len),
+            runs=cp.layout.runs(cp.rank, config.padded_len),
         )
         self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
         if checkpoint is None and config.model.init_from is None:
@@ -75,7 +74,8 @@ class Trainer:
     def attention(self, mode: StageMode) -> LayerAttention:
         """What the model's layers run in a stage of this mode."""
         lighthouse = self.config.attention if mode == "lighthouse" else None
-        return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers))
+        valid_len = self.config.seq_len if self.config.padded_len > self.config.seq_len else None
+        return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers), valid_len)
 
     def gradients(self, step: int, attention: AttentionFunction) -> Tensor:
         """Leave the gradients of `step`'s global mean loss in the parameters; return that loss, on every rank."""
@@ -122,7 +122,7 @@ class Trainer:
         """Held-out loss, nats per token."""
         attention = no_attention if mode == "no_attention" else self.attention(mode)
         dataset = TokenDataset(self.config.data.path, "held_out")
-        return held_out_loss(self.model, dataset, self.config.seq_len, self.config.eval.sequences, attention, self.mesh)
+        return held_out_loss(self.model, dataset, self.config, attention, self.mesh)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds as tensors."""

@@ -110,7 +110,7 @@ def test_ops_are_registered_as_torch_expects() -> None:
         (torch.ops.lhcp.scatter_back, (sub, rows, inverse, halo, case.tokens, *numbers, 2)),
         (torch.ops.lhcp.scatter_back, (sub, rows, inverse, None, case.tokens, *numbers, 1)),
         (torch.ops.lhcp.scatter_back_backward, (grad, rows, *numbers, 2)),
-        (torch.ops.lhcp.attend, (*qkv, ContextParallel().exchange)),
+        (torch.ops.lhcp.attend, (*qkv, ContextParallel()._attend.name)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op.default, arguments)

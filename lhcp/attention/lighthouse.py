@@ -23,6 +23,7 @@ def lighthouse_attention(
     *,
     selection: Selection | None = None,
     context_parallel: ContextParallel | None = None,
+    valid_len: int | None = None,
 ) -> Tensor:
     """Causal attention over the pooled, selected, gathered sub-sequence, scattered back to every position.
 
@@ -33,9 +34,12 @@ def lighthouse_attention(
         cfg: the configuration; its constraints are those of `LighthouseConfig.resolve`.
         selection: entries to use instead of selecting.
         context_parallel: the ranks that share the sequence (collective); None: this process has all of it.
+        valid_len: tokens of the whole sequence; those from there on are padding (see `LighthouseConfig.padded_length`),
+            which is never chosen before a token, and changes nothing for tokens. None: there is none.
 
     Returns:
-        [B, N / W, H, D] in q's dtype. Gradients reach q, k and v, none through the selection.
+        [B, N / W, H, D] in q's dtype; without meaning where there is padding. Gradients reach q, k and v, none through
+        the selection.
 
     Raises:
         ConfigError: a broken constraint, or a selection of another sequence or rank.
@@ -43,6 +47,8 @@ def lighthouse_attention(
     cp = context_parallel or ContextParallel()
     check_shapes(q, k, v)
     seq_len, chunks = q.shape[1] * cp.size, len(cp.chunks)
+    if valid_len is not None:  # a row of zeros scores lowest
+        q, k, v = (cp.without_padding(x, valid_len) for x in (q, k, v))
     kernels = kernels_for(q)
     sel = recorded() if selection is None else selection
     if sel is None:
@@ -57,7 +63,7 @@ def lighthouse_attention(
     # 3-4. Select, in order of (end, level); a recomputed forward pass takes what the first one selected.
     if sel is None:
         if bits is None:
-            sel = record(select(q, k, cfg, v=v, context_parallel=cp))
+            sel = record(select(q, k, cfg, v=v, context_parallel=cp, valid_len=valid_len))
         else:
             sel = record(select_from_bits(bits, cfg, seq_len, cp, kernels))
     rows, inverse = sel.index()

@@ -109,6 +109,7 @@ def select(
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
     context_parallel: ContextParallel | None = None,
+    valid_len: int | None = None,
 ) -> Selection:
     """Score and select.
 
@@ -120,6 +121,7 @@ def select(
         score_q: rows to score instead of `q` (of a model with QK-norm: those before it).
         score_k: likewise, instead of `k`.
         context_parallel: the ranks that share the sequence.
+        valid_len: tokens of the whole sequence; what follows is padding, which is chosen after any token.
 
     Raises:
         ConfigError: a constraint of `LighthouseConfig.resolve`, naming valid values.
@@ -136,6 +138,8 @@ def select(
         if v is None:
             raise ConfigError("scorer 'dilated' needs v: call select(q, k, cfg, v=v)")
         rows = dilated_rows(q, k, v, cfg.dilation, cp)
+    if valid_len is not None:  # a row of zeros scores lowest, and is last among equals
+        rows = (cp.without_padding(rows[0], valid_len), cp.without_padding(rows[1], valid_len))
     kernels, shape, groups = kernels_for(q), _pyramid(cfg, q.shape[1]), k.shape[2]
     bits = (kernels.score(rows[0], groups, shape), kernels.score(rows[1], groups, shape))
     return select_from_bits(bits, cfg, seq_len, cp, kernels)

@@ -6,19 +6,16 @@ message names the key, what was given and what is valid; reading files is in `lh
 
 from lhcp.config.lighthouse import LighthouseConfig, legal_num_strata
 from lhcp.config.model import LinearRopeScaling, Llama3RopeScaling, ModelConfig, RopeScaling
+from lhcp.config.parallel import BlockBackendName, ExchangeName, ParallelConfig, Sharding
 from lhcp.config.run import (
-    BlockBackendName,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     EvalMode,
-    ExchangeName,
     MemoryConfig,
     OptimConfig,
-    ParallelConfig,
     RecomputeMode,
     RunConfig,
-    Sharding,
     StageConfig,
     StageMode,
 )

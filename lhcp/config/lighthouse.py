@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import lcm
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -48,6 +49,26 @@ class LighthouseConfig(Section):
             ConfigError: naming the constraint that fails and valid values.
         """
         return self if self._fits(seq_len, num_chunks) else _resolved(self, seq_len, num_chunks)
+
+    def padded_length(self, seq_len: int) -> int:
+        """The shortest length of at least `seq_len` that attention takes, whatever the layout.
+
+        What follows the tokens is padding, which `lighthouse_attention` leaves out by `valid_len`. Other constraints
+        are those of `resolve`.
+        """
+        known = [self.num_strata] if self.num_strata is not None else self._derivable_strata()
+        known = [strata for strata in known if self.topk % strata == 0 and 2 * strata <= self.topk]
+        window = lcm(self.coarsest_window, self.dilation if self.scorer == "dilated" else 1)
+        units = [strata * window for strata in known]
+        if not units or any(seq_len % unit == 0 for unit in units):
+            return seq_len
+        return seq_len + -seq_len % units[0]
+
+    def _derivable_strata(self) -> list[int]:
+        """What `num_strata` may become where it is left out, by topk alone: ascending."""
+        step = 2 * self.max_cp
+        smallest = -(-self.topk // 128)
+        return [s for s in range(step, self.topk // 2 + 1, step) if s >= smallest]
 
     def _fits(self, seq_len: int, num_chunks: int) -> bool:
         """Whether nothing is to be fixed or refused: cheap, since a layer asks at every call."""
@@ -106,12 +127,11 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
     strata = config.num_strata
     if strata is None:
         # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
-        step = 2 * config.max_cp
-        strata = next((s for s in legal if s % step == 0 and s * 128 >= config.topk), None)
+        strata = next((s for s in config._derivable_strata() if s in legal), None)
         if strata is None:
             raise ConfigError(
-                f"num_strata is unset, and no multiple of 2 x max_cp = {step} is legal for seq_len {seq_len} and "
-                f"topk {config.topk}; {advice}"
+                f"num_strata is unset, and no multiple of 2 x max_cp = {2 * config.max_cp} is legal for seq_len "
+                f"{seq_len} and topk {config.topk}; {advice}"
             )
     if strata not in fitting:
         raise ConfigError(

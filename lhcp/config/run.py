@@ -8,11 +8,9 @@ from pydantic import Field
 
 from lhcp.config.lighthouse import LighthouseConfig
 from lhcp.config.model import ModelConfig
+from lhcp.config.parallel import ParallelConfig
 from lhcp.config.section import ConfigError, PositiveInt, Section, WrittenPath, nearest_multiples
 
-Sharding = Literal["zigzag", "contiguous"]
-ExchangeName = Literal["ring"]
-BlockBackendName = Literal["auto", "math", "cpu", "cudnn", "flash"]
 StageMode = Literal["lighthouse", "dense"]
 RecomputeMode = Literal["none", "selective", "full"]
 EvalMode = Literal["dense", "lighthouse", "no_attention"]
@@ -42,47 +40,6 @@ class OptimConfig(Section):
     """Largest global gradient norm."""
     max_skipped_steps: Annotated[int, Field(strict=True, ge=0)] = 10
     """Steps in a row whose loss or gradient norm is not finite, which leave the weights alone; one more is the end."""
-
-
-class ParallelConfig(Section):
-    """How ranks share the work: `dp` replicas, each of `cp` ranks that share one sequence."""
-
-    dp: PositiveInt | None = None
-    """Data-parallel degree. None: processes / cp."""
-    cp: PositiveInt = 1
-    """Context-parallel degree W: ranks that hold one sequence together."""
-    sharding: Sharding = "zigzag"
-    """`zigzag` balances causal work; `contiguous` gives each rank one run of tokens."""
-    exchange: ExchangeName = "ring"
-    """How shards meet in attention when cp > 1."""
-    block_backend: BlockBackendName = "auto"
-    """Kernel of one attention block; `auto` picks by device."""
-
-    @property
-    def num_chunks(self) -> int:
-        """Runs of tokens that a sequence is split into."""
-        return 2 * self.cp if self.sharding == "zigzag" and self.cp > 1 else self.cp
-
-    def resolve(self, world_size: int) -> ParallelConfig:
-        """Fix `dp` for `world_size` processes.
-
-        Raises:
-            ConfigError: when dp x cp is not the number of processes.
-        """
-        dp = self.dp if self.dp is not None else world_size // self.cp
-        if dp * self.cp != world_size:
-            wanted = f"{self.dp * self.cp}" if self.dp is not None else f"a multiple of {self.cp}"
-            fitting = world_size // self.cp
-            remedy = (
-                f"set parallel.dp to {fitting}, or to null to follow from the processes"
-                if fitting * self.cp == world_size
-                else f"set parallel.cp to a divisor of {world_size}"
-            )
-            raise ConfigError(
-                f"parallel.dp {self.dp or 'unset'} x parallel.cp {self.cp} does not match {world_size} process(es); "
-                f"start {wanted}, or {remedy}"
-            )
-        return self.model_copy(update={"dp": dp})
 
 
 class StageConfig(Section):
@@ -130,7 +87,8 @@ class RunConfig(Section):
     output_dir: WrittenPath
     """The run folder: config, metrics, plots."""
     seq_len: PositiveInt
-    """N, tokens of one sequence over all context-parallel ranks."""
+    """N, tokens of one sequence over all context-parallel ranks. Padded where attention or the layout need it; padding
+    costs time, and changes nothing else."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
@@ -171,6 +129,20 @@ class RunConfig(Section):
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def padded_len(self) -> int:
+        """Tokens that a sequence is padded to, at the end: `seq_len` where attention and layout take that.
+
+        With Lighthouse attention it is the same at every context-parallel degree.
+        """
+        if self._uses_lighthouse:
+            return self.attention.padded_length(self.seq_len)
+        return self.seq_len + -self.seq_len % self.parallel.num_chunks
+
+    @property
+    def _uses_lighthouse(self) -> bool:
+        return "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}
+
     def stage_at(self, step: int) -> StageConfig:
         """The stage of optimizer step `step` (from 0)."""
         for stage in self.stages:
@@ -195,14 +167,9 @@ class RunConfig(Section):
                 f"{nearest_multiples(self.global_batch_size, per_pass)}"
             )
         attention = self.attention
-        if "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}:
-            attention = attention.resolve(self.seq_len, parallel.num_chunks)
-        if self.seq_len % parallel.num_chunks:
-            raise ConfigError(
-                f"seq_len {self.seq_len} is not a multiple of the {parallel.num_chunks} chunks of parallel.cp "
-                f"{parallel.cp} ({parallel.sharding}); nearest legal: "
-                f"{nearest_multiples(self.seq_len, parallel.num_chunks)}"
-            )
+        if self._uses_lighthouse:
+            attention = attention.resolve(self.padded_len, parallel.num_chunks)
+        parallel.check_exchange(self.model.num_heads, self.model.num_kv_heads, self.activation_dtype, self.device)
         backend, device, dtype = parallel.block_backend, self.device, self.activation_dtype
         fused = backend in ("cudnn", "flash")
         if (backend == "cpu" and device == "cuda") or (fused and (device == "cpu" or dtype != "bfloat16")):

@@ -12,12 +12,13 @@ from lhcp.data.dataset import TokenDataset, verify_shards
 from lhcp.data.documents import TEXT_SUFFIXES
 from lhcp.data.entropy import bigram_entropy, unigram_entropy
 from lhcp.data.index import DatasetIndex, SplitName, read_index
-from lhcp.data.loader import Batch, BatchLoader, Run, held_out_batches, read_sequences
+from lhcp.data.loader import IGNORE, Batch, BatchLoader, Run, held_out_batches, read_sequences
 from lhcp.data.prepare import prepare
 from lhcp.data.sampler import sequence_ids
 from lhcp.data.tokenizer import ByteTokenizer
 
 __all__ = [
+    "IGNORE",
     "TEXT_SUFFIXES",
     "Batch",
     "BatchLoader",

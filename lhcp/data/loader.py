@@ -11,10 +11,13 @@ from lhcp.config import ConfigError
 from lhcp.data.dataset import TokenDataset
 from lhcp.data.sampler import sequence_ids
 
+IGNORE = -100
+"""Label of a position without a target."""
 Run = tuple[int, int]
-"""Tokens [lo, hi) of every sequence."""
+"""Tokens [lo, hi) of every sequence; those beyond its end are padding."""
 Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Tokens and labels, int64 [sequences, n_local]: the label of a token is the next token of the stream."""
+"""Tokens and labels, int64 [sequences, n_local]: the label of a token is the next token of the stream, that of padding,
+which is token 0, is `IGNORE`."""
 
 
 def read_sequences(
@@ -26,15 +29,16 @@ def read_sequences(
     the one token after it, which is its last label.
     """
     n_local = sum(hi - lo for lo, hi in runs)
-    tokens = np.empty((len(ids), n_local), dtype=np.int64)
-    labels = np.empty_like(tokens)
+    tokens = np.zeros((len(ids), n_local), dtype=np.int64)
+    labels = np.full_like(tokens, IGNORE)
     for row, sequence in enumerate(ids):
         base = int(sequence) * seq_len
         column = 0
         for lo, hi in runs:
-            stream = dataset.read(base + lo, base + hi + 1)
-            tokens[row, column : column + hi - lo] = stream[:-1]
-            labels[row, column : column + hi - lo] = stream[1:]
+            if (count := min(hi, seq_len) - lo) > 0:
+                stream = dataset.read(base + lo, base + lo + count + 1)
+                tokens[row, column : column + count] = stream[:-1]
+                labels[row, column : column + count] = stream[1:]
             column += hi - lo
     return tokens, labels
 
@@ -64,7 +68,8 @@ class BatchLoader:
             seed: of the data order.
             dp_rank: in [0, dp_size); the shares of a step's sequences are equal, contiguous and in order.
             dp_size: data-parallel degree.
-            runs: this rank's runs of tokens within a sequence, ascending: the whole of it is [(0, seq_len)].
+            runs: this rank's runs of tokens within a padded sequence, ascending: the whole of one that is not padded is
+                [(0, seq_len)].
 
         Raises:
             ConfigError: the dataset has not one sequence.
@@ -74,7 +79,7 @@ class BatchLoader:
             dp_size,
             micro_batch_size,
         )
-        _check_rank(dp_rank, dp_size, runs, seq_len)
+        _check_rank(dp_rank, dp_size, runs)
         _require_sequences(dataset, seq_len, 1)
         self._dataset = dataset
         self._seq_len = seq_len
@@ -111,7 +116,7 @@ def held_out_batches(
     Raises:
         ConfigError: the dataset has fewer sequences, or they do not divide evenly over data-parallel ranks.
     """
-    _check_rank(dp_rank, dp_size, runs, seq_len)
+    _check_rank(dp_rank, dp_size, runs)
     if num_sequences % dp_size:
         below = num_sequences // dp_size * dp_size
         raise ConfigError(
@@ -129,14 +134,13 @@ def _share(count: int, dp_rank: int, dp_size: int) -> slice:
     return slice(dp_rank * each, (dp_rank + 1) * each)
 
 
-def _check_rank(dp_rank: int, dp_size: int, runs: Sequence[Run], seq_len: int) -> None:
+def _check_rank(dp_rank: int, dp_size: int, runs: Sequence[Run]) -> None:
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
     borders = [border for run in runs for border in run]
     assert borders == sorted(borders), f"runs {runs} do not ascend"
     assert runs, "a rank has no runs"
     assert all(lo < hi for lo, hi in runs), f"runs {runs} have an empty one"
-    assert borders[0] >= 0, f"runs {runs} are not inside a sequence of {seq_len}"
-    assert borders[-1] <= seq_len, f"runs {runs} are not inside a sequence of {seq_len}"
+    assert borders[0] >= 0, f"runs {runs} begin before the sequence"
 
 
 def _require_sequences(dataset: TokenDataset, seq_len: int, count: int) -> None:

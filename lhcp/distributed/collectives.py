@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lhcp.config import ConfigError
 
 T = TypeVar("T")
-
-
-def all_gather(x: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """Every rank's `x` (same shape and dtype everywhere), by rank."""
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
-    return parts
 
 
 class SharedError(ConfigError):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName, Sharding
-from lhcp.distributed.collectives import all_gather
-from lhcp.distributed.exchange import attend, make_exchange, register
+from lhcp.distributed.communicator import Communicator, GroupCommunicator
+from lhcp.distributed.exchange import make_attend
 from lhcp.distributed.halo import exchange_halo
+from lhcp.distributed.order import joined
 from lhcp.distributed.sharding import ChunkLayout
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ class ContextParallel:
         sharding: `zigzag` or `contiguous` (see `sharding`).
         exchange: how shards meet in attention.
         block_backend: kernel of one attention block; `auto` picks by device.
+        communicator: how the ranks reach each other, where they are not the processes of `group`.
 
     Raises:
-        ConfigError: an unknown sharding, exchange or block backend.
+        ConfigError: an unknown sharding, exchange or block backend; a package that an exchange needs is missing.
     """
 
     def __init__(
@@ -63,15 +64,20 @@ class ContextParallel:
         sharding: Sharding = "zigzag",
         exchange: ExchangeName = "ring",
         block_backend: BlockBackendName = "auto",
+        *,
+        communicator: Communicator | None = None,
     ) -> None:
         if sharding not in ("zigzag", "contiguous"):
             raise ConfigError(f"sharding {sharding!r}: valid are 'zigzag', 'contiguous'")
+        if communicator is None and group is not None:
+            communicator = GroupCommunicator(group)
         self.group = group
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if communicator is None else communicator.size
+        self.rank = 0 if communicator is None else communicator.rank
         self.layout = ChunkLayout(self.size, sharding)
-        self._exchange = make_exchange(exchange, group, self.layout, self.rank, block_backend)
-        self.exchange = register(self._exchange, block_backend)
+        self.exchange = exchange
+        self._communicator = communicator
+        self._attend = make_attend(exchange, communicator, group, self.layout, block_backend)
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -137,7 +143,15 @@ class ContextParallel:
         if q_BNHD.shape[1] % self.layout.chunks_per_rank:
             raise ConfigError(f"a {self.layout.sharding} shard of {q_BNHD.shape[1]} tokens is not two equal chunks")
         check_shapes(q_BNHD, k_BNGD, v_BNGD)
-        return attend(q_BNHD, k_BNGD, v_BNGD, self.exchange)
+        return self._attend(q_BNHD, k_BNGD, v_BNGD)
+
+    def without_padding(self, x: Tensor, valid_len: int) -> Tensor:
+        """This rank's shard `x` [B, N / W, ...], zero from position `valid_len` of the sequence on."""
+        seq_len = x.shape[1] * self.size
+        if all(stop <= valid_len for _, stop in self.layout.runs(self.rank, seq_len)):
+            return x
+        padding = self.positions(seq_len, x.device) >= valid_len
+        return x.masked_fill(padding.view(-1, *(1 for _ in x.shape[2:])), 0)
 
     def halo(self, rows: Tensor) -> Tensor:
         """For each of this rank's chunks, the `rows` of the chunk before it; zeros before the first (collective).
@@ -148,7 +162,13 @@ class ContextParallel:
         Returns:
             The same shape and dtype; differentiable.
         """
-        return exchange_halo(rows, self.layout, self.rank, self.group)
+        if self._communicator is None or self.size == 1:
+            return torch.zeros_like(rows)
+        return exchange_halo(rows, self.layout, self._communicator)
+
+    def all_shards(self, x: Tensor) -> Tensor:
+        """Every rank's `x`, by rank: [W, ...] (collective)."""
+        return x.unsqueeze(0) if self._communicator is None else self._communicator.all_gather(x)
 
 
 def _take_shard(x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
@@ -157,13 +177,7 @@ def _take_shard(x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
 
 
 def _gather_shards(x: Tensor, dim: int, cp: ContextParallel) -> Tensor:
-    assert cp.group is not None
-    parts = all_gather(x, cp.group)
-    if cp.layout.chunks_per_rank == 1:
-        return torch.cat(parts, dim)
-    halves = [part.chunk(2, dim) for part in parts]
-    owners = [cp.layout.owner(chunk) for chunk in range(cp.layout.num_chunks)]
-    return torch.cat([halves[rank][place] for rank, place in owners], dim)
+    return joined(cp.all_shards(x), dim, cp.layout)
 
 
 class _Shard(torch.autograd.Function):

@@ -11,25 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from lhcp.distributed.collectives import all_gather
+from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.sharding import ChunkLayout
 
 
-def exchange_halo(rows: Tensor, layout: ChunkLayout, rank: int, group: ProcessGroup | None) -> Tensor:
-    """For each chunk of `rank`, the `rows` [chunks of the rank, ...] of the chunk before it, or zeros."""
-    if layout.world == 1:
-        return torch.zeros_like(rows)
-    out: Tensor = _Halo.apply(rows, layout, rank, group)  # type: ignore[no-untyped-call]
+def exchange_halo(rows: Tensor, layout: ChunkLayout, communicator: Communicator) -> Tensor:
+    """For each chunk of this rank, the `rows` [chunks of the rank, ...] of the chunk before it, or zeros."""
+    out: Tensor = _Halo.apply(rows, layout, communicator)  # type: ignore[no-untyped-call]
     return out
 
 
-def _neighbours(rows: Tensor, offset: int, layout: ChunkLayout, rank: int, group: ProcessGroup) -> Tensor:
-    """The rows of chunk c + offset for each chunk c of `rank`; zeros past either end."""
-    everyone = all_gather(rows, group)
+def _neighbours(rows: Tensor, offset: int, layout: ChunkLayout, communicator: Communicator) -> Tensor:
+    """The rows of chunk c + offset for each chunk c of this rank; zeros past either end."""
+    everyone = communicator.all_gather(rows)
     taken = []
-    for chunk in layout.chunks(rank):
+    for chunk in layout.chunks(communicator.rank):
         if 0 <= chunk + offset < layout.num_chunks:
             owner, place = layout.owner(chunk + offset)
             taken.append(everyone[owner][place])
@@ -40,10 +37,10 @@ def _neighbours(rows: Tensor, offset: int, layout: ChunkLayout, rank: int, group
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: ChunkLayout, rank: int, group: ProcessGroup) -> Tensor:
-        ctx.place = (layout, rank, group)
+    def forward(ctx: Any, rows: Tensor, layout: ChunkLayout, communicator: Communicator) -> Tensor:
+        ctx.place = (layout, communicator)
         return _neighbours(rows, -1, *ctx.place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _neighbours(grad, +1, *ctx.place), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _neighbours(grad, +1, *ctx.place), None, None

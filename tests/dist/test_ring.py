@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from lhcp.distributed.exchange.p2p import RingLink
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lhcp.config import Sharding
 from lhcp.distributed.exchange import ring as ring_module
 from lhcp.distributed.exchange.block import CpuBackend
-from lhcp.distributed.exchange.p2p import RingLink
 from lhcp.distributed.exchange.ring import RingExchange
 from lhcp.distributed.sharding import ChunkLayout
 from ranks import run_ranks

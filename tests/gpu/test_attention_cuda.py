@@ -11,7 +11,8 @@ from torch import Tensor
 from lhcp.attention import LighthouseConfig, lighthouse_attention, select, select_from_scores
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.ring import _merge, visible_block
+from lhcp.distributed.exchange.merge import merge
+from lhcp.distributed.exchange.ring import visible_block
 from lhcp.distributed.sharding import ChunkLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -73,7 +74,7 @@ def test_ring_blocks_add_up(sharding: Any, backend: Any, kv_heads: int) -> None:
         steps = [(s, part.queries, part.keys) for s, part in parts if part is not None]
         for source, rows, keys in steps:
             new, new_lse = block.forward(q_[:, rows], shards[source][1][:, keys], shards[source][2][:, keys], False)
-            _merge(total[:, rows], lse[..., rows], new, new_lse)
+            merge(total[:, rows], lse[..., rows], new, new_lse)
         out[:, own[rank]] = total
         rounded = total.to(q.dtype)
         gradients = block.backward(grad_, q_, k_, v_, rounded, lse, causal=True)

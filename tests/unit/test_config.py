@@ -132,10 +132,6 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["attention.num_strata=7"],
         ["num_strata 7 is not legal: it does not divide topk 192; valid: [4, 8, 16, 32, 64]"],
     ),
-    "stratum too short": (
-        ["attention.num_strata=64", "seq_len=3200"],
-        ["num_strata 64 is not legal: a stratum of 50 tokens is not a multiple of 16; valid: [4, 8]"],
-    ),
     "budget of one": (["attention.num_strata=192"], ["num_strata 192 is not legal: ", "; valid: [4, 8, "]),
     "strata and cp": (
         ["attention.num_strata=2"],
@@ -148,17 +144,6 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "no strata to derive": (
         ["attention.num_strata=", "attention.topk=190"],
         ["no multiple of 2 x max_cp = 16 is legal for seq_len 8192 and topk 190; none is valid here"],
-    ),
-    "seq_len and windows": (
-        ["seq_len=8200"],
-        [
-            "seq_len 8200 is not a multiple of pooling_factor^(num_levels-1) = 16 tokens in each of 4 "
-            "chunk(s); nearest legal: 8192 or 8256"
-        ],
-    ),
-    "seq_len and chunks": (
-        ["seq_len=8190", "stages=[{mode: dense, steps: 1}]"],
-        ["seq_len 8190 is not a multiple of the 4 chunks of parallel.cp 2 (zigzag); nearest legal: 8188 or 8192"],
     ),
     "batch": (
         ["global_batch_size=3", "micro_batch_size=2"],
@@ -326,6 +311,29 @@ def test_resolve_fixes_what_is_derived(smallest: Path) -> None:
 def test_dense_run_needs_no_legal_selection(smallest: Path) -> None:
     config = config_file.load(smallest, ["stages=[{mode: dense, steps: 1}]", "seq_len=36"])
     assert config.resolve(2).seq_len == 36
+
+
+@pytest.mark.parametrize(
+    ("overrides", "padded"),
+    [
+        (["seq_len=8192"], 8192),
+        (["seq_len=8191"], 8192),
+        (["seq_len=8193"], 8320),  # 8 strata of 16 tokens
+        (["seq_len=8190", "stages=[{mode: dense, steps: 1}]"], 8192),  # 4 chunks
+        (["seq_len=8190", "stages=[{mode: dense, steps: 1}]", "eval.modes=[lighthouse]"], 8192),
+        (["seq_len=3200", "attention.num_strata=64"], 4096),
+        (["seq_len=8193", "attention.num_strata="], 8448),  # derived: 16 strata
+        (["seq_len=8193", "attention.scorer=dilated", "attention.dilation=3"], 8448),  # 8 strata of 48 tokens
+    ],
+)
+def test_any_length_is_padded_to_a_legal_one(smallest: Path, overrides: list[str], padded: int) -> None:
+    config = config_file.load(smallest, overrides)
+    assert config.padded_len == padded
+    assert config.resolve(2).padded_len == padded
+    uses_lighthouse = "lighthouse" in {*config.eval.modes, *(stage.mode for stage in config.stages)}
+    if uses_lighthouse:
+        other = config.model_copy(update={"parallel": config.parallel.model_copy(update={"cp": 4})})
+        assert other.resolve(4).padded_len == padded
 
 
 def test_legal_num_strata_are_those_that_resolve() -> None:

@@ -187,7 +187,7 @@ def test_held_out_sequences_divide_over_ranks(folder: Path, count: int, legal: s
         held_out_batches(dataset, seq_len=SEQ_LEN, num_sequences=count, runs=[(0, SEQ_LEN)], dp_size=3)
 
 
-@pytest.mark.parametrize("runs", [[], [(0, 0)], [(-1, 4)], [(20, 25)], [(12, 18), (0, 6)], [(0, 6), (5, 11)]])
+@pytest.mark.parametrize("runs", [[], [(0, 0)], [(-1, 4)], [(12, 18), (0, 6)], [(0, 6), (5, 11)]])
 def test_impossible_runs(folder: Path, runs: list[Run]) -> None:
     with pytest.raises(AssertionError, match="runs"):
         loader(TokenDataset(folder, "train"), runs)

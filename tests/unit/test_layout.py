@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "files"},
     "distributed": {"config"},
     "attention": {"config", "kernels", "distributed"},
-    "loss": set(),
+    "loss": {"data"},
     "model": {"config", "kernels", "distributed", "attention", "loss"},
     "launch": {"config", "config_file", "checkpoint", "checks", "metrics", "plan", "presets", "progress"}
     | {"lock", "stop"},

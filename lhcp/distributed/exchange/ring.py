@@ -7,16 +7,15 @@ hop behind, the gradient that the visited ranks have summed for them; a rank's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lhcp.config import BlockBackendName
+from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.p2p import RingLink
+from lhcp.distributed.exchange.merge import merge
 from lhcp.distributed.sharding import ChunkLayout
 
 
@@ -50,21 +49,13 @@ class RingExchange:
     in the accumulation dtype. At most two key-value buffers are held.
     """
 
-    def __init__(
-        self,
-        group: ProcessGroup,
-        layout: ChunkLayout,
-        rank: int,
-        backend: BlockBackendName,
-        link: Callable[[ProcessGroup], RingLink] = RingLink,
-    ) -> None:
-        self._layout, self._rank, self._backend = layout, rank, backend
-        self._link, self._group = link, group
+    def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
+        self._communicator, self._layout, self._backend = communicator, layout, backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Exchange.forward`."""
         block = block_backend(self._backend, q)
-        link, world = self._link(self._group), self._layout.world
+        link, world = self._communicator.link(), self._layout.world
         kv = torch.stack((k, v))
         spare = torch.empty_like(kv)
 
@@ -80,7 +71,7 @@ class RingExchange:
             if part is not None:
                 rows = part.queries
                 new, new_lse = block.forward(q[:, rows], kv[0, :, part.keys], kv[1, :, part.keys], causal=False)
-                _merge(out[:, rows], lse[..., rows], new, new_lse)
+                merge(out[:, rows], lse[..., rows], new, new_lse)
             if step < world - 1:
                 link.wait()
         return out.to(q.dtype), lse
@@ -90,7 +81,7 @@ class RingExchange:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange.backward`."""
         block = block_backend(self._backend, q)
-        kv_link, dkv_link = self._link(self._group), self._link(self._group)
+        kv_link, dkv_link = self._communicator.link(), self._communicator.link()
         world, dtype = self._layout.world, torch.promote_types(q.dtype, torch.float32)
         grad = grad.contiguous()
         kv = torch.stack((k, v))
@@ -128,12 +119,5 @@ class RingExchange:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _part(self, step: int, length: int) -> Block | None:
-        return visible_block(self._layout, self._rank, (self._rank - step) % self._layout.world, length)
-
-
-def _merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
-    """Fold a block's output and log-sum-exp into `out` [B, n, H, D] and `lse` [B, H, n], in place."""
-    total = torch.logaddexp(lse, new_lse)
-    out *= (lse - total).exp().transpose(1, 2).unsqueeze(-1)
-    out += new * (new_lse - total).exp().transpose(1, 2).unsqueeze(-1)
-    lse.copy_(total)
+        rank, world = self._communicator.rank, self._layout.world
+        return visible_block(self._layout, rank, (rank - step) % world, length)

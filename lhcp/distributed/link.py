@@ -1,10 +1,13 @@
-"""Neighbour exchange round a ring of ranks, gloo and NCCL alike."""
+"""Neighbour exchange round a ring of ranks."""
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from collections.abc import Callable
+
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+Start = Callable[[Tensor, Tensor], Callable[[], None]]
+"""Starts to send the first tensor and to receive into the second; what it returns waits until both are done."""
 
 
 class RingLink:
@@ -14,12 +17,9 @@ class RingLink:
     same sequence of transfers: messages carry no tag.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        self._group = group
-        self._next = dist.get_global_rank(group, (rank + 1) % size)
-        self._previous = dist.get_global_rank(group, (rank - 1) % size)
-        self._pending: list[dist.Work] | None = None
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._finish: Callable[[], None] | None = None
 
     def post(self, send: Tensor, receive: Tensor) -> None:
         """Start sending `send` and receiving into `receive`; both contiguous and untouched until `wait`.
@@ -27,7 +27,7 @@ class RingLink:
         Raises:
             RuntimeError: a transfer is under way, or the buffers cannot be exchanged.
         """
-        if self._pending is not None:
+        if self._finish is not None:
             raise RuntimeError("RingLink.post: a transfer is under way; call wait first")
         if not (send.is_contiguous() and receive.is_contiguous()):
             raise RuntimeError("RingLink.post: buffers must be contiguous")
@@ -38,12 +38,7 @@ class RingLink:
             )
         if send.data_ptr() == receive.data_ptr():
             raise RuntimeError("RingLink.post: send and receive are one buffer")
-        self._pending = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.irecv, receive, self._previous, self._group),
-                dist.P2POp(dist.isend, send, self._next, self._group),
-            ]
-        )
+        self._finish = self._start(send, receive)
 
     def wait(self) -> None:
         """End the transfer: the received buffer may be read, the sent one overwritten.
@@ -51,8 +46,7 @@ class RingLink:
         Raises:
             RuntimeError: no transfer is under way.
         """
-        if self._pending is None:
+        if self._finish is None:
             raise RuntimeError("RingLink.wait: no transfer is under way; call post first")
-        for work in self._pending:
-            work.wait()
-        self._pending = None
+        finish, self._finish = self._finish, None
+        finish()

@@ -1,0 +1,88 @@
+"""What ranks of a context-parallel group say to each other: four operations, and all their transfers go through them.
+
+Another implementation of `Communicator` makes other ranks: threads of one process (`threads`), or, for a benchmark, one
+rank without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lhcp.distributed.link import RingLink
+
+
+class Communicator(Protocol):
+    """One rank among `size`. Every rank calls the same operations in the same order, with tensors of one shape."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process, or thread, in [0, size)."""
+
+    @property
+    def size(self) -> int:
+        """The context-parallel degree W."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x`: [W, ...]."""
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """The sum over ranks of their `x[rank]`, of this one's rank: [W, ...] -> [...], in x's dtype."""
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Rank r's `x[rank]` at place r: [W, ...] -> [W, ...]."""
+
+    def link(self) -> RingLink:
+        """A new link to the next rank and from the previous one."""
+
+
+class GroupCommunicator:
+    """The ranks of a process group, gloo and NCCL alike."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See `Communicator.all_gather`."""
+        out = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=self._group)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See `Communicator.reduce_scatter`. (gloo's is an all-reduce, of twice the bytes.)"""
+        out = x.new_empty(x.shape[1:])
+        dist.reduce_scatter_tensor(out, x.flatten(0, 1), group=self._group)
+        return out
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """See `Communicator.all_to_all`."""
+        x = x.contiguous()
+        out = x.new_empty(x.shape)
+        dist.all_to_all_single(out, x, group=self._group)
+        return out
+
+    def link(self) -> RingLink:
+        """See `Communicator.link`."""
+        following, previous = (dist.get_global_rank(self._group, (self.rank + step) % self.size) for step in (1, -1))
+        return RingLink(partial(_send_and_receive, self._group, following, previous))
+
+
+def _send_and_receive(
+    group: ProcessGroup, following: int, previous: int, send: Tensor, receive: Tensor
+) -> Callable[[], None]:
+    """Start both; what is returned waits for them, on a GPU by making the current stream wait."""
+    works = dist.batch_isend_irecv(
+        [dist.P2POp(dist.irecv, receive, previous, group), dist.P2POp(dist.isend, send, following, group)]
+    )
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+
+    return finish

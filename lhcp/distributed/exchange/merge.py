@@ -1,0 +1,21 @@
+"""Blocks of one row's attention become one, by their log-sum-exps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
+    """Fold a block's output and log-sum-exp into `out` and `lse`, in place.
+
+    Args:
+        out: [B, n, H, D] in the accumulation dtype.
+        lse: [B, H, n], finite, in the accumulation dtype.
+        new: [B, n, H, D] in any dtype.
+        new_lse: [B, H, n].
+    """
+    total = torch.logaddexp(lse, new_lse)
+    out *= (lse - total).exp().transpose(1, 2).unsqueeze(-1)
+    out += new * (new_lse - total).exp().transpose(1, 2).unsqueeze(-1)
+    lse.copy_(total)
