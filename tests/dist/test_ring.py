@@ -1,47 +1,48 @@
-"""The ring's order of events, its bytes, and its refusal of misuse."""
+"""The ring's order of events, its buffers, and its refusal of misuse."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.distributed as dist
-from lhcp.distributed.exchange.p2p import RingLink
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lhcp.config import Sharding
+from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import ring as ring_module
 from lhcp.distributed.exchange.block import CpuBackend
 from lhcp.distributed.exchange.ring import RingExchange
+from lhcp.distributed.link import RingLink
 from lhcp.distributed.sharding import ChunkLayout
 from ranks import run_ranks
 
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 8, 4, 2, 6
 
 
-class Recorder:
-    """A real link and a real block backend that note what happens, in order, and the bytes that leave."""
+class Recorder(GroupCommunicator):
+    """Real links and a real block backend that note what happens, in order, and which buffers are sent."""
 
     def __init__(self) -> None:
+        super().__init__(dist.group.WORLD)
         self.events: list[str] = []
-        self.bytes_sent = 0
-        self.links = 0
+        self.buffers: list[set[int]] = []
 
-    def link(self, group: ProcessGroup) -> RingLink:
-        recorder, name = self, f"link{self.links}"
-        self.links += 1
+    def link(self) -> RingLink:
+        recorder, link, number = self, super().link(), len(self.buffers)
+        name = f"link{number}"
+        self.buffers.append(set())
 
         class RecordingLink(RingLink):
             def post(self, send: Tensor, receive: Tensor) -> None:
                 recorder.events.append(f"{name} post")
-                recorder.bytes_sent += send.nbytes
+                recorder.buffers[number] |= {send.data_ptr(), receive.data_ptr()}
                 super().post(send, receive)
 
             def wait(self) -> None:
                 super().wait()
                 recorder.events.append(f"{name} wait")
 
-        return RecordingLink(group)
+        return RecordingLink(link._start)
 
     def backend(self) -> CpuBackend:
         recorder = self
@@ -60,26 +61,28 @@ class Recorder:
         return RecordingBackend()
 
 
-def record(
-    world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16
-) -> list[tuple[tuple[list[str], int], tuple[list[str], int]]]:
-    """(events, bytes sent) of forward and of backward, by rank."""
+Recorded = tuple[list[str], list[int]]
+"""Events, and how many buffers each link had."""
 
-    def rank_main(rank: int) -> tuple[tuple[list[str], int], tuple[list[str], int]]:
-        forward, backward = Recorder(), Recorder()
-        q = torch.randn(BATCH, LENGTH, HEADS, WIDTH, dtype=dtype)
-        k, v = (torch.randn(BATCH, LENGTH, KV_HEADS, WIDTH, dtype=dtype) for _ in range(2))
+
+def record(world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recorded, Recorded]]:
+    """Of forward and of backward, by rank."""
+
+    def rank_main(rank: int) -> tuple[Recorded, Recorded]:
+        q = torch.randn(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16)
+        k, v = (torch.randn(BATCH, LENGTH, KV_HEADS, WIDTH, dtype=torch.bfloat16) for _ in range(2))
         results = []
         saved: tuple[Tensor, ...] = ()
-        for recorder in (forward, backward):
+        for direction in ("forward", "backward"):
+            recorder = Recorder()
             backend = recorder.backend()
             monkeypatch.setattr(ring_module, "block_backend", lambda name, q, backend=backend: backend)
-            exchange = RingExchange(dist.group.WORLD, ChunkLayout(world, sharding), rank, "cpu", recorder.link)
-            if recorder is forward:
+            exchange = RingExchange(recorder, ChunkLayout(world, sharding), "cpu")
+            if direction == "forward":
                 saved = exchange.forward(q, k, v)
             else:
                 exchange.backward(torch.randn_like(q), q, k, v, *saved)
-            results.append((recorder.events, recorder.bytes_sent))
+            results.append((recorder.events, [len(buffers) for buffers in recorder.buffers]))
         return results[0], results[1]
 
     return run_ranks(world, rank_main)
@@ -107,25 +110,20 @@ def test_backward_overlaps_both_transfers_with_each_block(monkeypatch: pytest.Mo
         ]  # fmt: skip
 
 
+def test_two_buffers_travel_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (_, forward), (_, backward) in record(4, "zigzag", monkeypatch):
+        assert forward == [2]
+        assert backward == [2, 2]
+
+
 def test_contiguous_ranks_compute_only_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, ((events, _), _) in enumerate(record(4, "contiguous", monkeypatch)):
         assert events.count("block") == rank
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("world", [2, 4])
-def test_bytes_sent(world: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward (W - 1) x (k and v); backward the same and (W - 1) x their gradients, at least float32."""
-    rows = 2 * BATCH * LENGTH * KV_HEADS * WIDTH
-    kv, gradients = rows * dtype.itemsize, rows * max(4, dtype.itemsize)
-    for (_, forward), (_, backward) in record(world, "zigzag", monkeypatch, dtype):
-        assert forward == (world - 1) * kv
-        assert backward == (world - 1) * (kv + gradients)
-
-
 def test_misuse_of_a_link_is_refused() -> None:
     def rank_main(rank: int) -> None:
-        link = RingLink(dist.group.WORLD)
+        link = GroupCommunicator(dist.group.WORLD).link()
         with pytest.raises(RuntimeError, match="call post first"):
             link.wait()
         with pytest.raises(RuntimeError, match="contiguous"):
