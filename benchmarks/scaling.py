@@ -1,55 +1,38 @@
 """One attention layer over the ranks of a context-parallel group: Lighthouse and dense, one length and degree a run.
 
-    torchrun ... -m benchmarks.scaling CONFIG [--set KEY=VALUE ...] --out FILE.json [--repeats 5] [--no-dense]
+    torchrun ... -m benchmarks.scaling CONFIG [--set KEY=VALUE ...] --out FILE.json [--exchanges ring,ulysses]
+    python -m benchmarks.scaling CONFIG --emulate 8 --out FILE.json
     python -m benchmarks.scaling report DIR [--expect NAMES_FILE]
 
-Nothing is timed unless the attention over the ranks is that of one process. `report` merges the results of a sweep.
+Nothing is timed unless the attention over the ranks is that of one process. `--emulate W` runs each of W ranks' share
+in turn on one device, without the others, and projects what transfers would add. `report` merges results.
 Exit codes: 0 done, 1 a check failed or a result is missing, 2 something that the user can correct.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
+from torch.distributed import ProcessGroup
 
 from benchmarks import layer as layers
-from benchmarks.common import (
-    NO_RESULT,
-    Record,
-    check_folder,
-    document,
-    environment,
-    make_way,
-    milliseconds,
-    ratios,
-    read_names,
-    setting,
-    table,
-    tell,
-    write_json,
-    write_text,
-)
+from benchmarks import shares
+from benchmarks.common import Record, environment, make_way, read_names, tell, write_json
+from benchmarks.scaling_report import NAME, report, tables
 from lhcp import config_file
-from lhcp.config import ConfigError, RunConfig
+from lhcp.config import ConfigError, ExchangeName, RunConfig
+from lhcp.distributed import ContextParallel
 from lhcp.distributed.collectives import SharedError, on_rank_zero
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
+from lhcp.distributed.threads import ThreadCommunicator, run_threads
 from lhcp.parallelize import Mesh
-
-NAME = "scaling"
-REPORT_FILE = "scaling.md"
-HEADER = ["element", "N", "cp", "lighthouse ms", "dense ms", "dense / lighthouse", "tokens/s per rank", "memory GiB"]
-NOTES = (
-    "One layer, B = 1. Times and ratios: forward / forward and backward, medians, of the slowest rank.",
-    "tokens/s per rank: Lighthouse, forward and backward. memory: peak of the largest rank with Lighthouse.",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """`config`, `overrides`, `out`, `repeats`, `dense`."""
+    """`config`, `overrides`, `out`, `repeats`, `dense`, `exchanges`, `emulate`."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.scaling",
         description="Time one attention layer as one rank of a group, Lighthouse and dense.",
@@ -83,6 +66,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--repeats", type=int, default=5, help="calls that are timed")
     parser.add_argument("--no-dense", action="store_false", dest="dense", help="leave dense attention out")
+    parser.add_argument("--exchanges", metavar="NAME,...", help="exchanges to measure; left out: the configuration's")
+    parser.add_argument("--emulate", type=int, metavar="W", help="each of W ranks alone, on this one device")
     return parser.parse_args(argv)
 
 
@@ -97,67 +82,133 @@ def _report_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _measure_main(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise ConfigError(f"--repeats {args.repeats}: must be at least 1")
-    env = ProcessEnv.read()
-    config = config_file.load(args.config, args.overrides).resolve(env.world_size)
-    attention = config.attention.resolve(config.seq_len, config.parallel.num_chunks)  # also where no stage uses it
-    config = config.model_copy(update={"attention": attention})
+    env, emulated = ProcessEnv.read(), args.emulate is not None
+    if emulated and (args.emulate < 2 or env.world_size > 1):
+        raise ConfigError(f"--emulate {args.emulate}: takes 2 ranks or more, on one device; start it without torchrun")
+    overrides = [*args.overrides, *([f"parallel.cp={args.emulate}", "parallel.dp=1"] if emulated else [])]
+    config = config_file.load(args.config, overrides)
+    exchanges = _exchanges(args.exchanges, config)
+    config = _resolved(config, exchanges, args.emulate or env.world_size)
     device = env.device(config.device)
     dtype = getattr(torch, config.activation_dtype)
     block_backend(config.parallel.block_backend, torch.empty(0, dtype=dtype, device=device))
-    with process_group(env, device):
-        on_rank_zero(lambda: make_way(args.out))
-        result = measure(config, device, args.repeats, args.dense)
-        on_rank_zero(lambda: write_json(args.out, result))
-        if env.rank == 0:
-            _tell(args.out, result)
+    if emulated:
+        make_way(args.out)
+        result = emulate(config, exchanges, device, args.repeats, args.dense)
+        write_json(args.out, result)
+    else:
+        with process_group(env, device):
+            on_rank_zero(lambda: make_way(args.out))
+            result = measure(config, exchanges, device, args.repeats, args.dense)
+            on_rank_zero(lambda: write_json(args.out, result))
+    if env.rank == 0 and result["check"]["passed"]:
+        print(tables({args.out.stem: result}), end="", flush=True)
+    elif env.rank == 0:
+        tell(f"{layers.complaint(result['check'])}; nothing was timed")
     return 0 if result["check"]["passed"] else 1
 
 
-def _tell(out: Path, result: Record) -> None:
-    if result["check"]["passed"]:
-        print(table(HEADER, [_Element.of(out.stem, result).row]), end="", flush=True)
-    else:
-        tell(f"{layers.complaint(result['check'])}; nothing was timed")
+def _exchanges(given: str | None, config: RunConfig) -> list[ExchangeName]:
+    if given is None:
+        return [config.parallel.exchange]
+    known: dict[str, ExchangeName] = {name: name for name in get_args(ExchangeName)}
+    names = given.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"--exchanges {','.join(unknown)}: valid are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
 
 
-def measure(config: RunConfig, device: torch.device, repeats: int, with_dense: bool = True) -> Record:
-    """Check, then time (collective).
+def _resolved(config: RunConfig, exchanges: Sequence[ExchangeName], ranks: int) -> RunConfig:
+    """Resolved for every one of the exchanges, its attention too, at the length that sequences are padded to."""
+    found = config
+    for exchange in exchanges:
+        parallel = config.parallel.model_copy(update={"exchange": exchange})
+        found = config.model_copy(update={"parallel": parallel}).resolve(ranks)
+    seq_len = found.attention.padded_length(found.seq_len)
+    attention = found.attention.resolve(seq_len, found.parallel.num_chunks)  # also where no stage uses it
+    return found.model_copy(update={"attention": attention, "seq_len": seq_len})
+
+
+def measure(
+    config: RunConfig, exchanges: Sequence[ExchangeName], device: torch.device, repeats: int, with_dense: bool = True
+) -> Record:
+    """Check every exchange, then time (collective).
 
     Args:
         config: resolved, its attention too.
+        exchanges: names.
         device: of this rank.
         repeats: calls that are timed.
         with_dense: time dense attention as well.
 
     Returns:
-        The result; without `lighthouse`, `dense` and `ratio` when the check failed.
+        The result; without `one_device` and `exchanges` when a check failed.
     """
-    cp = Mesh.build(config.parallel, device).context_parallel
+    group = Mesh.build(config.parallel, device).context_parallel.group
+    return _result(config, exchanges, device, repeats, with_dense, group)
+
+
+def emulate(
+    config: RunConfig, exchanges: Sequence[ExchangeName], device: torch.device, repeats: int, with_dense: bool = True
+) -> Record:
+    """Check every exchange with threads as ranks, then time each rank's share, in one process; see `measure`."""
+    return _result(config, exchanges, device, repeats, with_dense, None)
+
+
+def _result(
+    config: RunConfig,
+    exchanges: Sequence[ExchangeName],
+    device: torch.device,
+    repeats: int,
+    with_dense: bool,
+    group: ProcessGroup | None,
+) -> Record:
     layer = layers.Layer.of(config, device)
-    length, attention = layers.shortened(config.attention, config.seq_len, config.parallel.num_chunks)
     result: Record = {
         "benchmark": NAME,
+        "emulated": group is None,
         "config": _settings(config),
-        "check": layers.check(layer, length, attention, cp, cp.attend, config.parallel.block_backend),
         "environment": environment(device, layer.dtype),
     }
-    if not result["check"]["passed"]:
-        return result
-    tokens = config.seq_len // cp.size
-    inputs = layer.inputs(tokens, seed=1 + cp.rank)
-    sparse = layers.measure(layers.lighthouse(config.attention, cp), inputs, repeats)
-    sparse["tokens_per_s_per_rank"] = tokens / sparse["forward_backward"]["p50_ms"] * 1e3
-    dense = layers.measure(cp.attend, inputs, repeats) if with_dense else None
-    return result | {"lighthouse": sparse, "dense": dense, "ratio": layers.ratio(dense, sparse) if dense else None}
+    for exchange in exchanges:
+        result["check"] = {"exchange": exchange, **_check(config, exchange, layer, group)}
+        if not result["check"]["passed"]:
+            return result
+    result["one_device"] = shares.one_device(config, layer, repeats, with_dense)
+    result["exchanges"] = {
+        exchange: shares.emulated(config, exchange, layer, repeats, with_dense)
+        if group is None
+        else shares.measured(config, exchange, layer, repeats, with_dense, group)
+        for exchange in exchanges
+    }
+    return result
+
+
+def _check(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, group: ProcessGroup | None) -> Record:
+    parallel = config.parallel
+    length, attention = layers.shortened(config.attention, config.seq_len, parallel.num_chunks)
+
+    def of(cp: ContextParallel) -> Record:
+        return layers.check(layer, length, attention, cp, cp.attend, parallel.block_backend)
+
+    if group is not None:
+        return of(ContextParallel(group, parallel.sharding, exchange, parallel.block_backend))
+
+    def of_thread(communicator: ThreadCommunicator) -> Record:
+        return of(ContextParallel(None, parallel.sharding, exchange, parallel.block_backend, communicator=communicator))
+
+    ranks = run_threads(parallel.cp, of_thread)
+    errors = {name: max(rank["errors"][name] for rank in ranks) for name in ranks[0]["errors"]}
+    return {**ranks[0], "errors": errors, "passed": all(rank["passed"] for rank in ranks)}
 
 
 def _settings(config: RunConfig) -> Record:
     """What counts of a configuration here."""
-    model = config.model
+    model, parallel = config.model, config.parallel
     return {
         "seq_len": config.seq_len,
         "subsequence_length": config.attention.subsequence_length(config.seq_len),
-        **config.parallel.model_dump(mode="json"),
+        **{key: getattr(parallel, key) for key in ("dp", "cp", "sharding", "block_backend")},
         "attention": config.attention.model_dump(mode="json"),
         "num_heads": model.num_heads,
         "num_kv_heads": model.num_kv_heads,
@@ -165,78 +216,6 @@ def _settings(config: RunConfig) -> Record:
         "dtype": config.activation_dtype,
         "device": config.device,
     }
-
-
-@dataclass(frozen=True, order=True)
-class _Element:
-    """A result as the report shows it, in its order."""
-
-    seq_len: int
-    cp: int
-    name: str
-    row: list[str]
-    setting: str
-
-    @classmethod
-    def of(cls, name: str, result: Record) -> _Element:
-        """From a result whose check passed.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is not whole.
-        """
-        config, sparse = result["config"], result["lighthouse"]
-        row = [
-            name,
-            f"{config['seq_len']:,}",
-            f"{config['cp']:,}",
-            milliseconds(sparse),
-            milliseconds(result["dense"]),
-            ratios(result["ratio"]),
-            f"{sparse['tokens_per_s_per_rank']:,.0f}",
-            f"{sparse['peak_memory_gib']:.2f}",
-        ]
-        return cls(config["seq_len"], config["cp"], name, row, setting(result["environment"]))
-
-
-def report(folder: Path, expected: Sequence[str]) -> int:
-    """Merge the results in `folder` into its `REPORT_FILE` and print that; 1 when one is missing or failed.
-
-    Raises:
-        ConfigError: no such folder, or it cannot be written to.
-    """
-    check_folder(folder)
-    elements, problems, foreign = _read(folder, expected)
-    notes = [*NOTES, *sorted({element.setting for element in elements})]
-    notes += [f"Left out, since not a result of this benchmark: {', '.join(foreign)}."] if foreign else []
-    rows = table(HEADER, [element.row for element in sorted(elements)])
-    text = document("Scaling of one attention layer", rows, notes, problems)
-    write_text(folder / REPORT_FILE, text)
-    print(text, end="")
-    return 1 if problems or not elements else 0
-
-
-def _read(folder: Path, expected: Sequence[str]) -> tuple[list[_Element], dict[str, str], list[str]]:
-    """The results in a folder; what is wrong with others, by name; files that are something else."""
-    elements: list[_Element] = []
-    problems = dict.fromkeys(expected, NO_RESULT)
-    foreign: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        name = path.stem
-        try:
-            result = json.loads(path.read_bytes())
-            if not isinstance(result, dict) or result.get("benchmark") != NAME:
-                if name in problems:
-                    problems[name] = f"{path.name} is not a result of this benchmark"
-                else:
-                    foreign.append(path.name)
-            elif result["check"]["passed"] is not True:
-                problems[name] = layers.complaint(result["check"])
-            else:
-                elements.append(_Element.of(name, result))
-                problems.pop(name, None)
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            problems[name] = f"{path.name} is damaged ({type(error).__name__}: {error})"
-    return elements, problems, foreign
 
 
 if __name__ == "__main__":

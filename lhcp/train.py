@@ -31,6 +31,7 @@ from lhcp.data import verify_shards
 from lhcp.distributed.collectives import SharedError, complaints, on_rank_zero
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
+from lhcp.distributed.exchange.ring_flash_attn import load_package
 from lhcp.lock import locked
 from lhcp.metrics import MetricsLogger, warn
 from lhcp.parallelize import Mesh
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         block_backend(
             config.parallel.block_backend, torch.empty(0, dtype=getattr(torch, config.activation_dtype), device=device)
         )
+        if config.parallel.exchange == "ring_flash_attn" and config.parallel.cp > 1:
+            load_package()
     except ConfigError as error:
         if rank == 0:
             tell(error)

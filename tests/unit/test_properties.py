@@ -6,9 +6,10 @@ Shape suffixes: B batch, N tokens, H query heads, G KV heads, D head width.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from lhcp.attention import LighthouseConfig, lighthouse_attention, select, select_from_scores
+from lhcp.attention import LighthouseConfig, lighthouse_attention, select
 from lhcp.config import ExchangeName
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.order import joined, parted
@@ -107,9 +108,9 @@ def test_halo_is_the_chunk_before_and_its_backward_the_transpose(
         held = list(cp.chunks)
         x = rows[held].requires_grad_()
         halo = cp.halo(x)
-        assert torch.equal(halo, before[held])
         (grad,) = torch.autograd.grad(halo, x, weights[held])
-        return float((halo * weights[held]).sum()), float((x * grad).sum())
+        assert torch.equal(halo, before[held])
+        return float((before[held] * weights[held]).sum()), float((rows[held] * grad).sum())
 
     applied, transposed = zip(*on_every_rank(layout, products), strict=True)
     assert sum(applied) == sum(transposed)
@@ -145,30 +146,28 @@ class Case:
         return [each.div(2).round() for each in x] if self.ties else x
 
 
-def forests(num_chunks: int, longest: int) -> list[tuple[int, int, int, int]]:
-    """(L, p, num_strata, coarsest entries of a stratum) of sequences of at most `longest` tokens."""
-    return [
-        (levels, p, strata, coarsest)
-        for levels in (2, 3, 4)
-        for p in (2, 3, 4, 5)
-        for strata in (num_chunks, 2 * num_chunks, 3 * num_chunks)
-        for coarsest in range(2, longest // (strata * p ** (levels - 1)) + 1)
-    ]
+def forests(num_chunks: int, longest: int) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """(L, p) -> (num_strata, coarsest entries of a stratum) of sequences of at most `longest` tokens."""
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for levels, p in itertools.product((2, 3, 4), (2, 3, 4, 5)):
+        for strata in (num_chunks, 2 * num_chunks, 3 * num_chunks):
+            for coarsest in range(3, longest // (strata * p ** (levels - 1)) + 1):
+                found.setdefault((levels, p), []).append((strata, coarsest))
+    return found
 
 
 @st.composite
 def cases(draw: st.DrawFn, longest: int, layouts: st.SearchStrategy[ChunkLayout]) -> Case:
-    # Drawn from lists, because integers mostly come out at their smallest.
+    # Drawn from lists, and each number from what the ones before it leave: integers mostly come out at their smallest.
     layout = draw(layouts)
-    levels, p, strata, coarsest = draw(st.sampled_from(forests(layout.num_chunks, longest)))
+    possible = forests(layout.num_chunks, longest)
+    levels, p = draw(st.sampled_from(sorted(possible)))
+    strata, coarsest = draw(st.sampled_from(possible[levels, p]))
     seq_len = strata * coarsest * p ** (levels - 1)
-    # How equal norms are ordered is exact; how equal outputs of attention are is up to rounding.
-    scorer, ties = draw(st.sampled_from([("norm", False), ("norm", True), ("dilated", False)]))
-    groups, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (3, 1)]))
-    exchanges: list[ExchangeName] = ["ring", "allgather"]
-    if groups * group % layout.world == 0 and (groups % layout.world == 0 or layout.world % groups == 0):
-        exchanges.append("ulysses")
     chunk = seq_len // layout.num_chunks
+    # How equal norms are ordered is exact; how equal outputs of attention are is up to rounding.
+    scorers: list[tuple[Literal["norm", "dilated"], bool]] = [("norm", False), ("norm", True), ("dilated", False)]
+    scorer, ties = draw(st.sampled_from(scorers))
     cfg = LighthouseConfig(
         num_levels=levels,
         pooling_factor=p,
@@ -179,11 +178,15 @@ def cases(draw: st.DrawFn, longest: int, layouts: st.SearchStrategy[ChunkLayout]
         cover_prefix=draw(st.booleans()),
         check_finite=True,
     )
+    exchange: ExchangeName = draw(st.sampled_from(["ring", "allgather", "ulysses"]))
+    shared_heads = [(layout.world, 1), (1, layout.world)]
+    any_heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (3, 1)]
+    groups, group = draw(st.sampled_from(shared_heads if exchange == "ulysses" else any_heads))
     return Case(
         cfg,
         seq_len,
         layout,
-        draw(st.sampled_from(exchanges)),
+        exchange,
         batch=draw(st.sampled_from([1, 2])),
         num_heads=groups * group,
         num_kv_heads=groups,
@@ -210,7 +213,8 @@ def make_weights(q: Tensor) -> Tensor:
 def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], bound: float) -> None:
     for got, wanted in zip(actual, expected, strict=True):
         assert got.shape == wanted.shape
-        assert torch.linalg.vector_norm(got - wanted) <= bound * torch.linalg.vector_norm(wanted)
+        # What is exactly 0 may come out as rounding of what it is a difference of.
+        assert torch.linalg.vector_norm(got - wanted) <= bound * torch.linalg.vector_norm(wanted).clamp(min=1)
 
 
 @settings(max_examples=60)
@@ -218,7 +222,7 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], bound: fl
 def test_every_degree_selects_and_computes_what_one_rank_does(case: Case) -> None:
     q, k, v = case.make()
     weights = make_weights(q)
-    expected = out_and_grads(lambda *x: lighthouse_attention(*x, case.cfg), (q, k, v), weights)
+    expected = out_and_grads(lambda q, k, v: lighthouse_attention(q, k, v, case.cfg), (q, k, v), weights)
     whole = select(q, k, case.cfg, v=v)
 
     def check(cp: ContextParallel) -> None:
@@ -229,7 +233,7 @@ def test_every_degree_selects_and_computes_what_one_rank_does(case: Case) -> Non
         assert torch.equal(held.entries, selection.entries)
         assert held == dataclasses.replace(selection, entries=held.entries)
         actual = out_and_grads(
-            lambda *x: lighthouse_attention(*x, case.cfg, context_parallel=cp), (q, k, v), weights, cp
+            lambda q, k, v: lighthouse_attention(q, k, v, case.cfg, context_parallel=cp), (q, k, v), weights, cp
         )
         assert_close(actual, expected, 1e-10)
 
@@ -252,15 +256,17 @@ def scores(q_BNHD: Tensor, k_BNGD: Tensor, v_BNGD: Tensor, cfg: LighthouseConfig
     def score(queries: Tensor, keys: Tensor) -> Tensor:
         logits = torch.einsum("bnhd,bmhd->bhnm", queries, keys) / math.sqrt(WIDTH)
         rows = torch.einsum("bhnm,bmhd->bnhd", logits.masked_fill(hidden, -math.inf).softmax(-1), v)
-        return rows.unflatten(2, (groups, -1)).square().sum((3, 4)).sqrt().transpose(1, 2)
+        norms: Tensor = rows.unflatten(2, (groups, -1)).square().sum((3, 4)).sqrt()
+        return norms.transpose(1, 2)
 
     return [score(q_BNHD, k), score(k, q_BNHD)]
 
 
 def entries_with_padding_below_all(case: Case, zeroed: Sequence[Tensor], valid_len: int) -> list[list[list[int]]]:
     """The specification: padding scores less than any token, whatever a token's score, which may be 0."""
-    cfg, position = case.cfg, torch.arange(case.seq_len)
-    query, key = (torch.where(position < valid_len, 1 + x, 0) for x in scores(*zeroed, cfg))
+    cfg, (q, k, v) = case.cfg, zeroed
+    token = torch.arange(case.seq_len) < valid_len
+    query, key = (torch.where(token, 1 + score, 0) for score in scores(q, k, v, cfg))
     return oracle.select(
         query, key, cfg.num_levels, cfg.pooling_factor, cfg.topk, cfg.strata, cover_prefix=cfg.cover_prefix
     )
@@ -281,7 +287,6 @@ def assert_no_padding_before_a_token(row: list[int], case: Case, valid_len: int)
             chosen_padding.add(place)
         if not selected and index * window < valid_len:
             passed_tokens.add(place)
-    # The prefix cover may not choose padding: entry 0 has a token.
     assert not chosen_padding & passed_tokens
 
 
@@ -291,7 +296,7 @@ def padded(case: Case, valid_len: int, value: float) -> list[Tensor]:
     return [x.masked_fill(position >= valid_len, value) for x in case.make()]
 
 
-SMALL_CASES = cases(72, ANY_LAYOUT.filter(lambda layout: layout.num_chunks <= 8))
+SMALL_CASES = cases(96, ANY_LAYOUT.filter(lambda layout: layout.num_chunks <= 8))
 GARBAGE = st.sampled_from([math.nan, 1e300, math.inf, -1e300, -math.inf, 1.0])
 
 
@@ -311,31 +316,40 @@ def check_selection(case: Case, valid_len: int, garbage: float) -> None:
         assert entries == expected
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(SMALL_CASES, GARBAGE, st.data())
 def test_padding_is_selected_last(case: Case, garbage: float, data: st.DataObject) -> None:
-    # See the next test for the others.
     if case.cfg.scorer == "dilated" and not math.isfinite(garbage):
-        garbage = 1e300
-    check_selection(case, data.draw(st.integers(1, case.seq_len)), garbage)
+        garbage = 1e300  # see the next test
+    check_selection(case, data.draw(st.sampled_from(range(1, case.seq_len + 1))), garbage)
 
 
-@settings(max_examples=25)
+@pytest.mark.xfail(strict=True, reason="select lets the scorer `dilated` attend to padding, and 0 x NaN is NaN")
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_padding_that_is_not_finite_is_selected_last_by_dilated(garbage: float) -> None:
+    cfg = LighthouseConfig(num_levels=2, pooling_factor=2, topk=8, num_strata=1, scorer="dilated", dilation=2)
+    check_selection(Case(cfg, 32, ChunkLayout(1, "zigzag"), "ring", 1, 1, 1, ties=False, seed=0), 22, garbage)
+
+
+@settings(max_examples=30)
 @given(SMALL_CASES, GARBAGE, st.data())
 def test_padding_changes_nothing_for_tokens(case: Case, garbage: float, data: st.DataObject) -> None:
     """Whatever is in it, it counts as rows of zeros: the oracle's output and gradients, and none for the padding."""
-    cfg, valid_len = case.cfg, data.draw(st.integers(1, case.seq_len))
+    cfg, valid_len = case.cfg, data.draw(st.sampled_from(range(1, case.seq_len + 1)))
     zeroed, filled = padded(case, valid_len, 0), padded(case, valid_len, garbage)
     entries = entries_with_padding_below_all(case, zeroed, valid_len)
     weights = make_weights(zeroed[0])
     weights[:, valid_len:] = 0
     expected = out_and_grads(
-        lambda *x: oracle.attention(*x, entries, cfg.num_levels, cfg.pooling_factor), zeroed, weights
+        lambda q, k, v: oracle.attention(q, k, v, entries, cfg.num_levels, cfg.pooling_factor), zeroed, weights
     )
 
     def actual(cp: ContextParallel) -> list[Tensor]:
         return out_and_grads(
-            lambda *x: lighthouse_attention(*x, cfg, context_parallel=cp, valid_len=valid_len), filled, weights, cp
+            lambda q, k, v: lighthouse_attention(q, k, v, cfg, context_parallel=cp, valid_len=valid_len),
+            filled,
+            weights,
+            cp,
         )
 
     for result in on_every_rank(case.layout, actual, case.exchange):

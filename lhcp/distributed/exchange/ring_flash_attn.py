@@ -40,6 +40,11 @@ class PackageExchange:
         """See `Exchange.forward`."""
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise ConfigError(f"exchange 'ring_flash_attn' takes bfloat16 or float16, not {q.dtype}; use 'ring'")
+        if (width := q.shape[-1]) % 8 or width > 256:
+            raise ConfigError(
+                f"exchange 'ring_flash_attn' takes a head_dim that is a multiple of 8 and at most 256, not {width}; "
+                f"use 'ring'"
+            )
         out, lse = self._package.zigzag_ring_flash_attn_forward(
             self._group, q.contiguous(), k.contiguous(), v.contiguous(), 1 / math.sqrt(q.shape[-1])
         )

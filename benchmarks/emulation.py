@@ -1,0 +1,180 @@
+"""One rank's share of a layer without the other ranks, and what its transfers would take on a given network.
+
+Everything that the rank computes runs, at its true sizes and in order; what others would send is a copy of its own.
+Where transfers begin and where they are waited for is noted, and `exposed_ms` replays that against a model of the
+network: latency and bandwidth, one transfer after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import WARM_UP
+from lhcp.distributed.link import RingLink
+
+
+@dataclass(frozen=True)
+class Network:
+    """One direction of a rank's link to the others."""
+
+    gb_per_s: float
+    """10^9 bytes a second."""
+    latency_us: float
+    """From the last byte sent to its arrival, software included."""
+    source: str
+
+    def scaled(self, factor: float) -> Network:
+        """With `factor` times the bandwidth."""
+        return Network(self.gb_per_s * factor, self.latency_us, self.source)
+
+
+NETWORKS = {
+    "NVLink 4": Network(450.0, 10.0, "NVIDIA H100 data sheet: 900 GB/s a GPU, both directions together"),
+    "InfiniBand NDR": Network(50.0, 20.0, "NVIDIA ConnectX-7 data sheet: 400 Gb/s a port, of which a GPU has one"),
+}
+"""Bandwidths are the vendor's; latencies, small beside them, are assumed."""
+FACTORS = (0.5, 1.0, 2.0)
+"""Of the bandwidth, at which overhead is projected."""
+
+Moment = float | torch.cuda.Event
+"""Seconds, or an event of the GPU's stream."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward, or forward and backward, of a rank.
+
+    Attributes:
+        compute_ms: all of it, without the copies that stand in for transfers.
+        marks: in order: whether a transfer begins, or else is waited for; its number; milliseconds of compute by then.
+        nbytes: of each transfer.
+    """
+
+    compute_ms: float
+    marks: tuple[tuple[bool, int, float], ...]
+    nbytes: tuple[int, ...]
+
+
+@dataclass
+class _Recording:
+    """A pass that may not have ended yet: moments, which a GPU reaches later."""
+
+    device: torch.device
+    moments: list[Moment] = field(default_factory=list)
+    kinds: list[tuple[str, int]] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+
+    def note(self, kind: str, transfer: int = -1) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.moments.append(event)
+        else:
+            self.moments.append(time.perf_counter())
+        self.kinds.append((kind, transfer))
+
+    def read(self) -> Pass:
+        """Once the device has done all of it."""
+        marks, copied, copy_began = [], 0.0, 0.0
+        for (kind, transfer), moment in zip(self.kinds, self.moments, strict=True):
+            at = self._milliseconds_to(moment)
+            if kind == "copy":
+                copy_began = at
+            elif kind == "copied":
+                copied += at - copy_began
+            elif kind in ("begin", "wait"):
+                marks.append((kind == "begin", transfer, at - copied))
+        return Pass(at - copied, tuple(marks), tuple(self.nbytes))
+
+    def _milliseconds_to(self, moment: Moment) -> float:
+        first = self.moments[0]
+        if isinstance(moment, float):
+            assert isinstance(first, float)
+            return 1e3 * (moment - first)
+        assert not isinstance(first, float)
+        return float(first.elapsed_time(moment))
+
+
+class Alone:
+    """`lhcp.distributed.communicator.Communicator` of one rank of `size` whose transfers are copies of its own data."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        self._device = device
+        self._recording = _Recording(device)
+
+    def passes(self, call: Callable[[], object], repeats: int) -> list[Pass]:
+        """`call` after a warm-up, `repeats` times, on a GPU one behind the other as in training."""
+        recordings = []
+        for _ in range(WARM_UP + repeats):
+            self._recording = _Recording(self._device)
+            self._recording.note("start")
+            call()
+            self._recording.note("end")
+            recordings.append(self._recording)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return [recording.read() for recording in recordings[WARM_UP:]]
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See `Communicator.all_gather`."""
+        return self._at_once((self.size - 1) * x.nbytes, lambda: torch.stack([x] * self.size))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """See `Communicator.reduce_scatter`."""
+        return self._at_once(x.nbytes - x[0].nbytes, x[self.rank].clone)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """See `Communicator.all_to_all`."""
+        return self._at_once(x.nbytes - x[0].nbytes, lambda: x.clone(memory_format=torch.contiguous_format))
+
+    def link(self) -> RingLink:
+        """See `Communicator.link`."""
+
+        def begin(send: Tensor, receive: Tensor) -> Callable[[], None]:
+            number = self._begin(send.nbytes)
+            self._copy(lambda: receive.copy_(send))
+            return lambda: self._recording.note("wait", number)
+
+        return RingLink(begin)
+
+    def _at_once(self, nbytes: int, copy: Callable[[], Tensor]) -> Tensor:
+        number = self._begin(nbytes)
+        out = self._copy(copy)
+        self._recording.note("wait", number)
+        return out
+
+    def _begin(self, nbytes: int) -> int:
+        number = len(self._recording.nbytes)
+        self._recording.nbytes.append(nbytes)
+        self._recording.note("begin", number)
+        return number
+
+    def _copy(self, copy: Callable[[], Tensor]) -> Tensor:
+        self._recording.note("copy")
+        out = copy()
+        self._recording.note("copied")
+        return out
+
+
+def exposed_ms(done: Pass, network: Network) -> float:
+    """How long the rank of a pass waits for its transfers, if the others do as it does.
+
+    A transfer leaves when it is posted and those before it have left, and has arrived a latency after its last byte
+    left. What is waited for delays everything after it.
+    """
+    waited, free = 0.0, 0.0
+    arrival: dict[int, float] = {}
+    for begins, transfer, compute in done.marks:
+        now = compute + waited
+        if begins:
+            free = max(now, free) + done.nbytes[transfer] / network.gb_per_s / 1e6
+            arrival[transfer] = free + network.latency_us / 1e3
+        else:
+            waited += max(0.0, arrival[transfer] - now)
+    return waited
