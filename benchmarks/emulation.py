@@ -64,15 +64,15 @@ class Pass:
 class _Recording:
     """A pass that may not have ended yet: moments, which a GPU reaches later."""
 
-    device: torch.device
+    stream: torch.cuda.Stream | None
     moments: list[Moment] = field(default_factory=list)
     kinds: list[tuple[str, int]] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
 
     def note(self, kind: str, transfer: int = -1) -> None:
-        if self.device.type == "cuda":
+        if self.stream is not None:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(self.stream)
             self.moments.append(event)
         else:
             self.moments.append(time.perf_counter())
@@ -83,11 +83,10 @@ class _Recording:
         marks, copied, copy_began = [], 0.0, 0.0
         for (kind, transfer), moment in zip(self.kinds, self.moments, strict=True):
             at = self._milliseconds_to(moment)
-            if kind == "copy":
-                copy_began = at
-            elif kind == "copied":
+            if kind == "copied":
                 copied += at - copy_began
             elif kind in ("begin", "wait"):
+                copy_began = at
                 marks.append((kind == "begin", transfer, at - copied))
         return Pass(at - copied, tuple(marks), tuple(self.nbytes))
 
@@ -105,20 +104,20 @@ class Alone:
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
-        self._device = device
-        self._recording = _Recording(device)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._recording = _Recording(self._stream)
 
     def passes(self, call: Callable[[], object], repeats: int) -> list[Pass]:
         """`call` after a warm-up, `repeats` times, on a GPU one behind the other as in training."""
         recordings = []
         for _ in range(WARM_UP + repeats):
-            self._recording = _Recording(self._device)
+            self._recording = _Recording(self._stream)
             self._recording.note("start")
             call()
             self._recording.note("end")
             recordings.append(self._recording)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
         return [recording.read() for recording in recordings[WARM_UP:]]
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -138,14 +137,16 @@ class Alone:
 
         def begin(send: Tensor, receive: Tensor) -> Callable[[], None]:
             number = self._begin(send.nbytes)
-            self._copy(lambda: receive.copy_(send))
+            receive.copy_(send)
+            self._recording.note("copied")
             return lambda: self._recording.note("wait", number)
 
         return RingLink(begin)
 
     def _at_once(self, nbytes: int, copy: Callable[[], Tensor]) -> Tensor:
         number = self._begin(nbytes)
-        out = self._copy(copy)
+        out = copy()
+        self._recording.note("copied")
         self._recording.note("wait", number)
         return out
 
@@ -154,12 +155,6 @@ class Alone:
         self._recording.nbytes.append(nbytes)
         self._recording.note("begin", number)
         return number
-
-    def _copy(self, copy: Callable[[], Tensor]) -> Tensor:
-        self._recording.note("copy")
-        out = copy()
-        self._recording.note("copied")
-        return out
 
 
 def exposed_ms(done: Pass, network: Network) -> float:

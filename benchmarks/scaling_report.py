@@ -27,17 +27,17 @@ EMULATED = [
 NOTES = (
     "One layer, B = 1. Two numbers are of forward / of forward and backward. Times are medians of the slowest rank; MB "
     "are 10^6 bytes that each rank sends.",
-    "overhead: time over that of the whole layer on one device, divided by cp. That of dense attention on one device is "
-    "measured at N / cp tokens and taken cp^2 times.",
+    "overhead: time over that of the whole layer on one device, divided by cp. That of dense attention on one device "
+    "is measured at N / cp tokens and taken cp^2 times.",
 )
 MEASURED_NOTE = (
     "Measured over ranks. compute: what a rank computes, without transfers. exposed: what transfers add to that. "
     "tokens/s: forward and backward."
 )
 EMULATED_NOTE = (
-    "Measured on one device, each rank alone: compute, its balance (slowest rank over the mean) and overhead, "
-    f"without transfers. Projected: exposed, what transfers would add to compute at {', '.join(f'{f:g}' for f in FACTORS)} times "
-    "the bandwidth of "
+    "Measured on one device, each rank alone: compute, its balance (slowest rank over the mean) and overhead, without "
+    f"transfers. Projected: what transfers would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the "
+    "bandwidth of "
     + "; ".join(f"{name}, {n.gb_per_s:g} GB/s and {n.latency_us:g} us ({n.source})" for name, n in NETWORKS.items())
     + "."
 )

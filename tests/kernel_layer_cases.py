@@ -28,6 +28,8 @@ from lhcp.attention import LighthouseConfig, Selection, lighthouse, lighthouse_a
 from lhcp.attention.layers import LayerAttention
 from lhcp.config import ModelConfig
 from lhcp.distributed import ContextParallel
+from lhcp.distributed.exchange import merge
+from lhcp.distributed.exchange.merge_kernel import merge_in_one_pass
 from lhcp.kernels.lighthouse import ops, reference
 from lhcp.model.llama import Block
 from lhcp.model.rope import rope_tables
@@ -137,3 +139,21 @@ def test_a_block_compiles_whole() -> None:
         compiled = run(torch.compile(block, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor"))
     for value, expected in zip(compiled, eager, strict=True):
         assert relative(value, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("width", [4, 24])
+def test_blocks_are_merged_as_plain_pytorch_does(width: int) -> None:
+    """In place, in slices of larger tensors, from a block whose rows lie head by head; what is beside them stays."""
+    batch, n, heads = 2, 37, 3
+    generator = torch.Generator().manual_seed(width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    out, lse = normal(batch, n + 5, heads, width), 3 * normal(batch, heads, n + 5)
+    new, new_lse = normal(batch, heads, n, width).bfloat16().transpose(1, 2), 3 * normal(batch, heads, n)
+    expected = [x.double() for x in (out, lse)]
+    merge.merge(expected[0][:, 5:], expected[1][..., 5:], new.double(), new_lse.double())
+    merge_in_one_pass(out[:, 5:], lse[..., 5:], new, new_lse)
+    for value, reference_value in zip((out, lse), expected, strict=True):
+        torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=1e-6)

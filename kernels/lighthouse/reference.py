@@ -195,12 +195,10 @@ def last_rows(sub_BSHD: Tensor, inverse_BGP: Tensor, shape: PyramidShape, num_ch
     Returns:
         [C, L - 1, B, H, D] in the accumulation dtype, zero where an entry was not gathered. Differentiable.
     """
-    slots = sub_BSHD.shape[1]
     levels = inverse_BGP.split(shape.sizes, -1)[1:]
     ends_BGCL = torch.stack([level.unflatten(-1, (num_chunks, -1))[..., -1] for level in levels], -1)
-    index = ends_BGCL.flatten(2)
-    inverse = invert(index.where(index >= 0, slots), slots + 1)[..., :slots]
-    rows_BCLHD: Tensor = take(sub_BSHD, index, inverse).unflatten(1, (num_chunks, -1))
+    # In backward, rows that were not gathered add zeros to a row of another's: no sum, whatever the order.
+    rows_BCLHD: Tensor = take_rows(sub_BSHD, ends_BGCL.flatten(2)).unflatten(1, (num_chunks, -1))
     return rows_BCLHD.movedim(0, 2).to(torch.promote_types(sub_BSHD.dtype, torch.float32)).contiguous()
 
 

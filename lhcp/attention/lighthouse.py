@@ -82,7 +82,7 @@ def _check(sel: Selection, q: Tensor, k: Tensor, cfg: LighthouseConfig, cp: Cont
     sel.check_held_by(cp)
     if (sel.config.num_levels, sel.config.pooling_factor) != (cfg.num_levels, cfg.pooling_factor):
         raise ConfigError("the selection was made with another num_levels or pooling_factor than cfg's")
-    made_for = (sel.entries.shape[0], sel.seq_len, sel.entries.shape[1])
+    made_for = (sel.rows.shape[0], sel.seq_len, sel.rows.shape[1])
     given = (q.shape[0], q.shape[1] * cp.size, k.shape[2])
     if made_for != given:
         raise ConfigError(f"the selection was made for (batch, seq_len, KV heads) {made_for}, not {given}")

@@ -23,18 +23,23 @@ class Selection:
     """The gathered entries of the chunks that a rank holds.
 
     Attributes:
-        entries: int32 [B, G, S held], flat pyramid indices of the whole sequence, ordered by (end, level).
+        rows: int32 [B, G, S held], flat indices of the pyramid over the tokens that are held, ordered by (end, level).
         config: the resolved configuration that made it.
         seq_len: N, tokens of the whole sequence.
         chunks: the chunks that are held, ascending.
         num_chunks: chunks of the whole sequence.
     """
 
-    entries: Tensor
+    rows: Tensor
     config: LighthouseConfig
     seq_len: int
     chunks: tuple[int, ...] = (0,)
     num_chunks: int = 1
+
+    @property
+    def entries(self) -> Tensor:
+        """As `rows`, in the pyramid of the whole sequence: int32 [B, G, S held]."""
+        return self._renumbered(self.rows, to_held=False)
 
     def shard(self, cp: ContextParallel) -> Selection:
         """A whole sequence's selection -> this rank's slots."""
@@ -62,7 +67,8 @@ class Selection:
             )
 
     def _held_by(self, cp: ContextParallel, entries: Tensor, chunks: tuple[int, ...]) -> Selection:
-        return replace(self, entries=entries, chunks=chunks, num_chunks=cp.layout.num_chunks)
+        held = replace(self, rows=entries, chunks=chunks, num_chunks=cp.layout.num_chunks)
+        return replace(held, rows=held._renumbered(entries, to_held=True))
 
     @property
     def pyramid(self) -> PyramidShape:
@@ -70,24 +76,18 @@ class Selection:
         return _pyramid(self.config, self.seq_len // self.num_chunks * len(self.chunks))
 
     def index(self) -> tuple[Tensor, Tensor]:
-        """`entries` as rows of `pyramid`, and the slot of each of its rows, or -1.
+        """`rows`, and the slot of each row of `pyramid`, or -1.
 
         Returns:
             int32 [B, G, S held] and [B, G, rows held].
         """
-        rows = self._renumbered(self.entries, to_held=True)
+        rows = self.rows.to(torch.int32).contiguous()
         return rows, reference.invert(rows, self.pyramid.offsets[-1])
-
-    @classmethod
-    def of_rows(cls, rows: Tensor, config: LighthouseConfig, seq_len: int, cp: ContextParallel) -> Selection:
-        """From rows of the pyramid that `cp`'s rank holds, int32 [B, G, S held]."""
-        selection = cls(rows, config, seq_len, cp.chunks, cp.layout.num_chunks)
-        return replace(selection, entries=selection._renumbered(rows, to_held=False))
 
     def _renumbered(self, flat: Tensor, *, to_held: bool) -> Tensor:
         """Flat indices of the whole sequence's pyramid -> of the held one, or back."""
         if len(self.chunks) == self.num_chunks:
-            return flat.to(torch.int32).contiguous()
+            return flat
         whole = _pyramid(self.config, self.seq_len)
         source, target = (whole, self.pyramid) if to_held else (self.pyramid, whole)
         level, index = source.unflatten(flat)
@@ -133,13 +133,17 @@ def select(
     check_shapes(q, k, v if v is not None and cfg.scorer == "dilated" else k)
     seq_len = q.shape[1] * cp.size
     cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
+    if valid_len is not None:  # a row of zeros scores lowest, and is last among equals
+        q, k = cp.without_padding(q, valid_len), cp.without_padding(k, valid_len)
     rows = (q, k)
     if cfg.scorer == "dilated":
         if v is None:
             raise ConfigError("scorer 'dilated' needs v: call select(q, k, cfg, v=v)")
+        if valid_len is not None:
+            v = cp.without_padding(v, valid_len)
         rows = dilated_rows(q, k, v, cfg.dilation, cp)
-    if valid_len is not None:  # a row of zeros scores lowest, and is last among equals
-        rows = (cp.without_padding(rows[0], valid_len), cp.without_padding(rows[1], valid_len))
+        if valid_len is not None:
+            rows = (cp.without_padding(rows[0], valid_len), cp.without_padding(rows[1], valid_len))
     kernels, shape, groups = kernels_for(q), _pyramid(cfg, q.shape[1]), k.shape[2]
     bits = (kernels.score(rows[0], groups, shape), kernels.score(rows[1], groups, shape))
     return select_from_bits(bits, cfg, seq_len, cp, kernels)
@@ -181,7 +185,7 @@ def select_from_bits(
     strata = cfg.num_strata
     assert strata is not None
     rows = kernels.select(query_bits, key_bits, shape, strata // cp.size, cfg.topk // strata, cover)
-    return Selection.of_rows(rows, cfg, seq_len, cp)
+    return Selection(rows, cfg, seq_len, cp.chunks, cp.layout.num_chunks)
 
 
 def _pyramid(cfg: LighthouseConfig, length: int) -> PyramidShape:

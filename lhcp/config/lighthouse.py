@@ -56,19 +56,15 @@ class LighthouseConfig(Section):
         What follows the tokens is padding, which `lighthouse_attention` leaves out by `valid_len`. Other constraints
         are those of `resolve`.
         """
-        known = [self.num_strata] if self.num_strata is not None else self._derivable_strata()
-        known = [strata for strata in known if self.topk % strata == 0 and 2 * strata <= self.topk]
-        window = lcm(self.coarsest_window, self.dilation if self.scorer == "dilated" else 1)
-        units = [strata * window for strata in known]
-        if not units or any(seq_len % unit == 0 for unit in units):
-            return seq_len
-        return seq_len + -seq_len % units[0]
+        return min((seq_len + -seq_len % unit for unit in self._units().values()), default=seq_len)
 
-    def _derivable_strata(self) -> list[int]:
-        """What `num_strata` may become where it is left out, by topk alone: ascending."""
+    def _units(self) -> dict[int, int]:
+        """What a length must be a multiple of, by `num_strata`, or by all that it may become if left out, ascending."""
         step = 2 * self.max_cp
-        smallest = -(-self.topk // 128)
-        return [s for s in range(step, self.topk // 2 + 1, step) if s >= smallest]
+        derivable = range(step * -(-self.topk // (128 * step)), self.topk // 2 + 1, step)
+        known = derivable if self.num_strata is None else [self.num_strata]
+        window = lcm(self.coarsest_window, self.dilation if self.scorer == "dilated" else 1)
+        return {s: s * window for s in known if s and self.topk % s == 0 and 2 * s <= self.topk}
 
     def _fits(self, seq_len: int, num_chunks: int) -> bool:
         """Whether nothing is to be fixed or refused: cheap, since a layer asks at every call."""
@@ -113,21 +109,21 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
     if seq_len % (config.coarsest_window * num_chunks):
         raise ConfigError(
             f"seq_len {seq_len} is not a multiple of pooling_factor^(num_levels-1) = {config.coarsest_window} tokens "
-            f"in each of {num_chunks} chunk(s); nearest legal: "
-            f"{nearest_multiples(seq_len, config.coarsest_window * num_chunks)}"
+            f"in each of {num_chunks} chunk(s); nearest legal: {_nearest_lengths(config, seq_len, num_chunks)}"
         )
     if config.topk > seq_len // config.coarsest_window:
         raise ConfigError(
             f"topk {config.topk} exceeds the {seq_len // config.coarsest_window} coarsest entries of seq_len {seq_len} "
-            f"(num_levels {config.num_levels}, pooling_factor {config.pooling_factor}); it must be at most that"
+            f"(num_levels {config.num_levels}, pooling_factor {config.pooling_factor}); it must be at most that, or "
+            f"seq_len at least {config.topk * config.coarsest_window}"
         )
     legal = legal_num_strata(config, seq_len)
     fitting = [s for s in legal if s % num_chunks == 0]
-    advice = f"valid: {fitting}" if fitting else "none is valid here: topk should be a multiple of the chunks"
+    advice = f"valid: {fitting}" if fitting else f"none is valid here: topk must be a multiple of {2 * num_chunks}"
     strata = config.num_strata
     if strata is None:
         # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
-        strata = next((s for s in config._derivable_strata() if s in legal), None)
+        strata = next((s for s, unit in config._units().items() if seq_len % unit == 0), None)
         if strata is None:
             raise ConfigError(
                 f"num_strata is unset, and no multiple of 2 x max_cp = {2 * config.max_cp} is legal for seq_len "
@@ -138,8 +134,19 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
             f"num_strata {strata} is not legal: {config._broken_by(strata, seq_len, num_chunks)}; {advice}"
         )
     if config.scorer == "dilated" and seq_len // num_chunks % config.dilation:
-        raise ConfigError(f"dilation {config.dilation} does not divide the chunk of {seq_len // num_chunks} tokens")
+        raise ConfigError(
+            f"dilation {config.dilation} does not divide the chunk of {seq_len // num_chunks} tokens; nearest legal "
+            f"seq_len: {_nearest_lengths(config, seq_len, num_chunks)}"
+        )
     return config.model_copy(update={"num_strata": strata})
+
+
+def _nearest_lengths(config: LighthouseConfig, seq_len: int, num_chunks: int) -> str:
+    """Around `seq_len`, in words; of the finest layout, unless `num_strata` does not allow this one."""
+    units = [unit for strata, unit in config._units().items() if strata % num_chunks == 0]
+    dilation = config.dilation if config.scorer == "dilated" else 1
+    unit = units[0] if units else num_chunks * lcm(config.coarsest_window, dilation)
+    return nearest_multiples(seq_len, unit, config.topk * config.coarsest_window)
 
 
 def legal_num_strata(config: LighthouseConfig, seq_len: int) -> list[int]:

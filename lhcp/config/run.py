@@ -131,10 +131,7 @@ class RunConfig(Section):
 
     @property
     def padded_len(self) -> int:
-        """Tokens that a sequence is padded to, at the end: `seq_len` where attention and layout take that.
-
-        With Lighthouse attention it is the same at every context-parallel degree.
-        """
+        """Tokens that a sequence is padded to, at its end: with Lighthouse attention the same for every layout."""
         if self._uses_lighthouse:
             return self.attention.padded_length(self.seq_len)
         return self.seq_len + -self.seq_len % self.parallel.num_chunks

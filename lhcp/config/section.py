@@ -41,7 +41,8 @@ def written_out(path: TextT) -> TextT:
 WrittenPath = Annotated[Path, AfterValidator(written_out)]
 
 
-def nearest_multiples(value: int, step: int) -> str:
-    """Of `step`, around `value`, in words."""
+def nearest_multiples(value: int, step: int, at_least: int = 1) -> str:
+    """Of `step`, around `value` and not below `at_least`, in words."""
     below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
+    above = max(below + step, -(-at_least // step) * step)
+    return f"{below} or {above}" if below >= at_least else str(above)

@@ -1,4 +1,4 @@
-"""Every rank's shard in the order of the sequence, and back."""
+"""Every rank's shard in the order of the sequence, and back: one copy each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from lhcp.distributed.sharding import ChunkLayout
 def joined(shards: Tensor, dim: int, layout: ChunkLayout) -> Tensor:
     """The whole of what `shards` [W, ...] are the shards of, by rank; `dim` is the sequence, of a shard."""
     dim %= shards.dim() - 1
-    chunks = shards
-    if layout.chunks_per_rank == 2:
-        first, second = shards.chunk(2, dim + 1)
-        chunks = torch.cat((first, second.flip(0)))
-    return chunks.movedim(0, dim).flatten(dim, dim + 1)
+    size = shards.shape[dim + 1] // layout.chunks_per_rank
+    owners = [layout.owner(chunk) for chunk in range(layout.num_chunks)]
+    return torch.cat([shards[rank].narrow(dim, place * size, size) for rank, place in owners], dim)
 
 
 def parted(x: Tensor, dim: int, layout: ChunkLayout) -> Tensor:
     """The shards of `x`, by rank: [W, ...]; `dim` is the sequence. The inverse of `joined`."""
     dim %= x.dim()
-    chunks: Tensor = x.unflatten(dim, (layout.num_chunks, -1)).movedim(dim, 0)
-    if layout.chunks_per_rank == 1:
-        return chunks
-    first, second = chunks.chunk(2)
-    return torch.cat((first, second.flip(0)), dim + 1)
+    size = x.shape[dim] // layout.num_chunks
+    chunks = [x.narrow(dim, chunk * size, size) for rank in range(layout.world) for chunk in layout.chunks(rank)]
+    by_place: Tensor = torch.stack(chunks).unflatten(0, (layout.world, layout.chunks_per_rank))
+    return by_place.movedim(1, dim + 1).flatten(dim + 1, dim + 2)

@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from benchmarks import scaling
+from benchmarks.emulation import Network, Pass, exposed_ms
 from lhcp import config_file
 from lhcp.distributed import ContextParallel
+from lhcp.volume import Attention, layer_bytes
 from ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,7 +46,9 @@ def start(nproc: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_ranks_check_and_measure(config: Path, tmp_path: Path) -> None:
     """Two groups of two ranks, side by side; no stage of the run uses Lighthouse."""
     out = tmp_path / "sweep" / "n512-cp2.json"
-    done = start(4, config, "--out", out, "--repeats", "2", "--set", "compute_dtype=float64")
+    exchanges = ("ring", "allgather", "ulysses")
+    flags = ("--repeats", "2", "--exchanges", ",".join(exchanges))
+    done = start(4, config, "--out", out, *flags, "--set", "compute_dtype=float64")
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert {key: found["config"][key] for key in ("seq_len", "dp", "cp", "dtype")} == {
@@ -54,13 +58,19 @@ def test_ranks_check_and_measure(config: Path, tmp_path: Path) -> None:
     assert (check["passed"], check["against"], check["length"]) == (True, "one process in float64", 512)
     assert 0 < max(check["errors"].values()) <= 1e-10
     assert check["errors"]["selection"] == 0
-    for kind in ("lighthouse", "dense"):
-        assert found[kind]["forward"]["p50_ms"] > 0
-        assert 0 < found[kind]["peak_memory_gib"] < 4
-    sparse = found["lighthouse"]
-    assert sparse["tokens_per_s_per_rank"] == pytest.approx(256 / sparse["forward_backward"]["p50_ms"] * 1e3)
+    assert tuple(found["exchanges"]) == exchanges
+    for of_exchange in found["exchanges"].values():
+        for kind in ("lighthouse", "dense"):
+            times = of_exchange[kind]
+            assert 0 < times["peak_memory_gib"] < 4
+            assert times["tokens_per_s_per_rank"] == pytest.approx(256 / times["forward_backward"]["p50_ms"] * 1e3)
+            for direction in ("forward", "forward_backward"):
+                assert times["compute_ms"][direction] > 0
+                total = times["compute_ms"][direction] + times["exposed_ms"][direction]
+                assert total == pytest.approx(times[direction]["p50_ms"])
+                assert found["one_device"][kind][direction] > 0
     assert found["environment"]["ranks"] == 4
-    assert done.stdout.splitlines()[2].split()[1:6:2] == ["n512-cp2", "512", "2"]
+    assert done.stdout.splitlines()[2].split()[1:10:2] == ["n512-cp2", "512", "2", "ring", "lighthouse"]
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -79,13 +89,13 @@ def test_no_speed_without_the_halo(config: Path, with_dense: bool, monkeypatch: 
     resolved = config_file.load(config).resolve(2)
 
     def rank_main(rank: int) -> dict[str, Any]:
-        return scaling.measure(resolved, torch.device("cpu"), 1, with_dense)
+        return scaling.measure(resolved, ["ring"], torch.device("cpu"), 1, with_dense)
 
     for found in run_ranks(2, rank_main):
         assert not found["check"]["passed"]
         assert found["check"]["errors"]["lighthouse out"] > 1e-3
         assert found["check"]["errors"]["dense out"] < 1e-5
-        assert not {"lighthouse", "dense", "ratio"} & found.keys()
+        assert not {"one_device", "exchanges"} & found.keys()
 
 
 def test_a_failed_check_is_written_and_ends_with_1(
@@ -98,3 +108,56 @@ def test_a_failed_check_is_written_and_ends_with_1(
     assert "p50_ms" not in out.read_text()
     assert scaling.main(["report", str(tmp_path)]) == 1
     assert "- out: check failed against one process in float64, N = 512: " in capsys.readouterr().out
+
+
+def test_ranks_are_emulated_in_one_process(config: Path, tmp_path: Path) -> None:
+    """Checked with threads as ranks; each rank's share alone; bytes are those that the shares hand to transfers."""
+    out = tmp_path / "emulated.json"
+    command = [str(config), "--emulate", "4", "--out", str(out), "--repeats", "1", "--exchanges", "allgather,ulysses"]
+    assert scaling.main(command) == 0
+    found = json.loads(out.read_text())
+    assert found["emulated"]
+    assert found["check"]["passed"]
+    assert found["config"]["cp"] == 4
+    of = Attention(4, 2, 8, 4)
+    resolved = config_file.load(config).attention.resolve(512)
+    for exchange, of_exchange in found["exchanges"].items():
+        sparse, dense = of_exchange["lighthouse"], of_exchange["dense"]
+        assert list(sparse["compute_ms"]["forward"]) == ["0", "1", "2", "3"]
+        assert list(dense["compute_ms"]["forward"]) == ["0", "3"]
+        for times, attention in ((sparse, resolved), (dense, None)):
+            sent = layer_bytes(exchange, attention, 4, 2, 512, of)
+            assert times["bytes"] == {"forward": sent.forward, "backward": sent.backward}
+        by_factor = sparse["projected_exposed_ms"]["InfiniBand NDR"]
+        assert by_factor["0.5"]["forward_backward"] > by_factor["2.0"]["forward_backward"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--emulate", "1"], "--emulate 1: takes 2 ranks or more"),
+        (["--exchanges", "ring,rong"], "--exchanges rong: valid are ring, allgather, ulysses, ring_flash_attn"),
+        (
+            ["--emulate", "8", "--exchanges", "ulysses"],
+            "exchange 'ulysses' shares 4 query and 2 KV heads among 8 ranks",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_one_message(
+    config: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert scaling.main([str(config), "--out", str(tmp_path / "out.json"), *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_transfer_is_exposed_as_far_as_compute_does_not_hide_it() -> None:
+    """At 1 GB/s and 1 us, by hand: 10^6 bytes take 1 ms, and one transfer leaves after the other."""
+    network = Network(1.0, 1.0, "")
+    begin, wait = True, False
+    hidden = Pass(3.0, ((begin, 0, 0.0), (wait, 0, 2.0)), (1_000_000,))
+    assert exposed_ms(hidden, network) == 0
+    half = Pass(3.0, ((begin, 0, 0.0), (wait, 0, 0.5)), (1_000_000,))
+    assert exposed_ms(half, network) == pytest.approx(0.501)
+    # The second leaves at 1.0, arrives at 2.001; by then 0.501 has been waited, so it is awaited at 1.001.
+    queued = Pass(3.0, ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5)), (1_000_000, 1_000_000))
+    assert exposed_ms(queued, network) == pytest.approx(0.501 + 1.0)

@@ -47,7 +47,7 @@ def test_a_compiled_block_is_the_eager_one_on_two_ranks(config: LighthouseConfig
             errors += [float((a - b).norm() / b.norm()) for a, b in pairs]
         return errors
 
-    for errors in run_ranks(2, rank_main):
+    for errors in run_ranks(2, rank_main, timeout=240):
         assert max(errors) <= 1e-6
 
 

@@ -27,16 +27,34 @@ STAGES = [{"mode": "lighthouse", "steps": 40}, {"mode": "dense", "steps": 60}]
 def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
     """What `scaling` writes, as far as a report reads it."""
     times = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
-    measured = {"forward": times, "forward_backward": times | {"p50_ms": 6.0}, "peak_memory_gib": 1.5}
+    measured = {
+        "forward": times, "forward_backward": times | {"p50_ms": 6.0}, "peak_memory_gib": 1.5,
+        "tokens_per_s_per_rank": 1e6 / cp, "bytes": {"forward": 2_000_000, "backward": 5_000_000},
+        "compute_ms": {"forward": 1.6, "forward_backward": 5.0},
+        "exposed_ms": {"forward": 0.4, "forward_backward": 1.0},
+    }  # fmt: skip
     return {
         "benchmark": "scaling",
+        "emulated": False,
         "config": {"seq_len": seq_len, "cp": cp},
         "check": {"passed": True},
         "environment": {"devices": ["NVIDIA B200"], "dtype": "bfloat16", "versions": {"torch": "2.11.0"}},
-        "lighthouse": measured | {"tokens_per_s_per_rank": 1e6 / cp},
-        "dense": measured,
-        "ratio": {"forward": 4.0, "forward_backward": 5.0},
+        "one_device": {"lighthouse": {"forward": 3.2, "forward_backward": 10.0}},
+        "exchanges": {"ring": {"lighthouse": measured}},
     } | changes
+
+
+def emulated_result() -> dict[str, Any]:
+    """Of two ranks, one of which computes for longer."""
+    exposed = {"forward": 0.2, "forward_backward": 0.6}
+    times = {
+        "compute_ms": {"forward": {"0": 1.0, "1": 3.0}, "forward_backward": {"0": 6.0, "1": 6.0}},
+        "peak_memory_gib": 1.5,
+        "bytes": {"forward": 1_000_000, "backward": 3_000_000},
+        "projected_exposed_ms": {"NVLink 4": {"1.0": exposed, "2.0": exposed}, "InfiniBand NDR": {"1.0": exposed}},
+    }
+    one_device = {"dense": {"forward": 5.0, "forward_backward": 10.0}}
+    return result(emulated=True, one_device=one_device, exchanges={"ulysses": {"dense": times}})
 
 
 def test_a_table_is_aligned_markdown() -> None:
@@ -62,7 +80,7 @@ def test_times_are_percentiles_after_a_warm_up() -> None:
 
 
 def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, found in {"a": result(16384), "b": result(cp=4, dense=None, ratio=None), "c": result()}.items():
+    for name, found in {"a": result(16384), "b": result(cp=4), "c": result(), "d": emulated_result()}.items():
         write_json(tmp_path / f"{name}.json", found)
     write_json(tmp_path / "latency.json", {"benchmark": "latency"})
     (tmp_path / "names").write_text("a\nb\n\nc\n")
@@ -70,11 +88,17 @@ def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert text == (tmp_path / "scaling.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "|" in line]
-    assert rows[2:] == [
-        ["c", "8,192", "2", "2.00 / 6.00", "2.00 / 6.00", "4.00 / 5.00", "500,000", "1.50"],
-        ["b", "8,192", "4", "2.00 / 6.00", "-", "-", "250,000", "1.50"],
-        ["a", "16,384", "2", "2.00 / 6.00", "2.00 / 6.00", "4.00 / 5.00", "500,000", "1.50"],
+    # Time of one device over cp: 1.6 / 5.0 at 2 ranks, 0.8 / 2.5 at 4.
+    times = ["ring", "lighthouse", "2.00 / 6.00", "1.60 / 5.00", "25.0 / 20.0"]
+    assert rows[2:5] == [
+        ["c", "8,192", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
+        ["b", "8,192", "4", *times, "150.0 / 140.0", "250,000", "2.0 / 7.0", "1.50"],
+        ["a", "16,384", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
     ]
+    assert rows[7:] == [
+        ["d", "8,192", "2", "ulysses", "dense", "3.00 / 6.00", "1.500 / 1.000", "20.0 / 20.0", "1.0 / 4.0", "1.50",
+         "6.7 / 10.0; 6.7 / 10.0", "6.7 / 10.0"],
+    ]  # fmt: skip
     assert "Measured on NVIDIA B200 in bfloat16, torch 2.11.0." in text
     assert "Left out, since not a result of this benchmark: latency.json." in text
     assert "Missing" not in text
@@ -88,7 +112,7 @@ def test_scaling_report_names_what_is_missing_or_failed(tmp_path: Path, capsys: 
     write_json(tmp_path / "wrong.json", {"benchmark": "scaling", "check": check})
     write_json(tmp_path / "foreign.json", {"benchmark": "latency"})
     (tmp_path / "torn.json").write_text('{"benchmark": "scal')
-    write_json(tmp_path / "partial.json", {key: value for key, value in result().items() if key != "ratio"})
+    write_json(tmp_path / "partial.json", {key: value for key, value in result().items() if key != "one_device"})
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "names").write_text("good\nwrong\nforeign\nabsent\n")
     assert scaling.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1

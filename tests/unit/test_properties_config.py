@@ -225,7 +225,6 @@ def test_error_names_the_constraint_and_values_that_resolve(violation: Violation
     assert_named_values_are_valid(wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="of the constraints on seq_len, the values named meet only the one at hand")
 def test_the_nearest_legal_lengths_resolve() -> None:
     x = Numbers(seq_len=33, num_chunks=1, num_levels=2, pooling_factor=4, topk=8, num_strata=2)
     named = nearest_legal(x.error() or "")
@@ -233,7 +232,6 @@ def test_the_nearest_legal_lengths_resolve() -> None:
     assert [seq_len for seq_len in named if not x.but(seq_len=seq_len).resolves()] == []
 
 
-@pytest.mark.xfail(strict=True, reason="topk must be a multiple of twice the chunks")
 def test_topk_is_not_said_to_be_what_it_is() -> None:
     error = Numbers(seq_len=64, num_chunks=4, num_levels=2, pooling_factor=4, topk=4, num_strata=4).error() or ""
     assert "none is valid" in error
@@ -273,7 +271,6 @@ def test_padded_length_where_num_strata_is_derived(
     assert x.cfg.resolve(length).padded_length(x.seq_len) == length
 
 
-@pytest.mark.xfail(strict=True, reason="792 is kept for 6 strata, 4 are derived, and those make it 800")
 def test_padded_length_is_the_same_once_num_strata_is_derived() -> None:
     x = Numbers(792, num_chunks=1, num_levels=2, pooling_factor=2, topk=384, num_strata=None, dilation=4)
     length = x.cfg.padded_length(x.seq_len)

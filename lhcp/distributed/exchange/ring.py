@@ -89,7 +89,9 @@ class RingExchange:
 
         kv_link.post(kv, spare)
         dq_, dk_, dv_ = block.backward(grad, q, k, v, out, lse, causal=True)
-        dq, own_dkv = dq_.to(dtype), torch.stack((dk_, dv_)).to(dtype)
+        dq = dq_.to(dtype)
+        own_dkv = kv.new_empty(kv.shape, dtype=dtype)
+        own_dkv[0], own_dkv[1] = dk_, dv_
         kv_link.wait()
         dkv, arriving = torch.zeros_like(own_dkv), torch.empty_like(own_dkv)
         for step in range(1, world):

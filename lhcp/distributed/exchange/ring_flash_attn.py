@@ -1,7 +1,8 @@
 """The zigzag ring of the package ring-flash-attn (github.com/zhuzilin/ring-flash-attention), with flash-attn's kernel.
 
 It shards as `zigzag` does here. Its backward keeps a rank's own gradients in the buffers that travel, and rounds blocks
-to the input's dtype; in float32 that dtype's kernels do not exist.
+to the input's dtype. In float32 it would be wrong, had flash-attn such kernels: its `buffer.to(torch.float32)` is then
+the buffer itself, which the next block overwrites. In float64 that rounds.
 """
 
 from __future__ import annotations
