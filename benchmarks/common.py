@@ -37,19 +37,19 @@ Record = dict[str, Any]
 def timed(call: Callable[[], object], device: torch.device, repeats: int, *, queued: bool = False) -> dict[str, float]:
     """Times of `call` after a warm-up, each that of the slowest rank (collective where there are ranks).
 
-    On one GPU calls follow each other as in training, without waiting, for `LEAST_MS` or `MOST_TURNS` times `repeats`;
-    else they begin together, one by one.
+    On GPUs calls follow each other as in training, without waiting, for `LEAST_MS` or `MOST_TURNS` times `repeats`; on
+    CPUs they begin together, one by one.
 
     Args:
         call: what is timed.
         device: where it runs.
         repeats: calls that are timed, at least.
-        queued: on one GPU, queue all calls before the first begins, so that what the host takes does not count.
+        queued: on a GPU, queue all calls before the first begins, so that what the host takes does not count.
 
     Returns:
         `p20_ms`, `p50_ms`, `p80_ms`: percentiles over `repeats` calls or more, milliseconds.
     """
-    if device.type == "cuda" and not dist.is_initialized():
+    if device.type == "cuda":
         milliseconds_of = _in_a_stream(call, repeats, queued)
     else:
         milliseconds_of = [1e3 * seconds for seconds in _one_by_one(call, device, repeats)]
@@ -93,7 +93,12 @@ def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list
         last.record()
     torch.cuda.synchronize()
     turns = math.ceil(LEAST_MS / repeats / max(0.01, first.elapsed_time(last)))
-    repeats *= max(1, min(turns, MOST_TURNS))
+    turns = max(1, min(turns, MOST_TURNS))
+    if dist.is_initialized():  # as many on every rank
+        of_all = torch.tensor(turns, device="cuda")
+        dist.all_reduce(of_all, dist.ReduceOp.MAX)
+        turns = int(of_all)
+    repeats *= turns
     if queued:
         torch.cuda._sleep(HEAD_START * repeats)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

@@ -7,6 +7,7 @@ network: latency and bandwidth, one transfer after the other.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,11 @@ NETWORKS = {
 FACTORS = (0.5, 1.0, 2.0)
 """Of the bandwidth, at which overhead is projected."""
 
+MARGIN, MOST_PRODUCTS = 1.5, 200
+"""How long the host has: times what the pass before took it; at most so many products."""
+PRODUCT_SIZE, PRODUCT_S = 8192, 1e-3
+"""Of a square product in bfloat16: 1.1 TFLOP, which no GPU has done any sooner."""
+
 Moment = float | torch.cuda.Event
 """Seconds, or an event of the GPU's stream."""
 
@@ -51,11 +57,13 @@ class Pass:
 
     Attributes:
         compute_ms: all of it, without the copies that stand in for transfers.
+        host_ms: what the host took to launch it; on a CPU, to run it.
         marks: in order: whether a transfer begins, or else is waited for; its number; milliseconds of compute by then.
         nbytes: of each transfer.
     """
 
     compute_ms: float
+    host_ms: float
     marks: tuple[tuple[bool, int, float], ...]
     nbytes: tuple[int, ...]
 
@@ -78,7 +86,7 @@ class _Recording:
             self.moments.append(time.perf_counter())
         self.kinds.append((kind, transfer))
 
-    def read(self) -> Pass:
+    def read(self, host_ms: float) -> Pass:
         """Once the device has done all of it."""
         marks, copied, copy_began = [], 0.0, 0.0
         for (kind, transfer), moment in zip(self.kinds, self.moments, strict=True):
@@ -88,7 +96,7 @@ class _Recording:
             elif kind in ("begin", "wait"):
                 copy_began = at
                 marks.append((kind == "begin", transfer, at - copied))
-        return Pass(at - copied, tuple(marks), tuple(self.nbytes))
+        return Pass(at - copied, host_ms, tuple(marks), tuple(self.nbytes))
 
     def _milliseconds_to(self, moment: Moment) -> float:
         first = self.moments[0]
@@ -106,19 +114,34 @@ class Alone:
         self.rank, self.size = rank, size
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._recording = _Recording(self._stream)
+        self._matrix: Tensor | None = None
 
     def passes(self, call: Callable[[], object], repeats: int) -> list[Pass]:
-        """`call` after a warm-up, `repeats` times, on a GPU one behind the other as in training."""
-        recordings = []
+        """`call` after a warm-up, `repeats` times.
+
+        A GPU multiplies matrices until the host has launched a pass: it never waits, and is as hot as in training.
+        """
+        passes, host_s = [], 0.0
         for _ in range(WARM_UP + repeats):
+            if self._stream is not None:
+                products = math.ceil(MARGIN * host_s / PRODUCT_S)
+                self._multiply(min(products, MOST_PRODUCTS))
+            started = time.perf_counter()
             self._recording = _Recording(self._stream)
             self._recording.note("start")
             call()
             self._recording.note("end")
-            recordings.append(self._recording)
-        if self._stream is not None:
-            self._stream.synchronize()
-        return [recording.read() for recording in recordings[WARM_UP:]]
+            host_s = time.perf_counter() - started
+            if self._stream is not None:
+                self._stream.synchronize()
+            passes.append(self._recording.read(1e3 * host_s))
+        return passes[WARM_UP:]
+
+    def _multiply(self, times: int) -> None:
+        if self._matrix is None:
+            self._matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device="cuda", dtype=torch.bfloat16)
+        for _ in range(times):
+            torch.mm(self._matrix, self._matrix)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Communicator.all_gather`."""

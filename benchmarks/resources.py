@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.common import Record, make_way, software, table, tell, write_json
 from lhcp.config import ConfigError
+from lhcp.distributed.exchange import merge_kernel
 from lhcp.kernels.lighthouse import gather, pool, select
 from lhcp.kernels.lighthouse.pyramid import PyramidShape
 
@@ -125,7 +126,8 @@ def _measured(case: Case, arch: int) -> list[Record]:
 
 def kernels() -> list[tuple[ModuleType, str]]:
     """Where each kernel is found."""
-    return [(module, name) for module in (pool, select, gather) for name in vars(module) if name.endswith("_kernel")]
+    modules = (pool, select, gather, merge_kernel)
+    return [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
 
 
 def launches(case: Case) -> list[Launch]:
@@ -163,6 +165,11 @@ def launches(case: Case) -> list[Launch]:
     run("spread, shifted, halo", gather.spread, sub, inverse, shape, shifted_in=CHUNKS, halo_CLBHD=halo)
     pooled, _ = run("pool, shifted", pool.pool, grad, groups, shape, shifted_in=CHUNKS)
     run("gather, shifted", gather.gather, grad, pooled, rows, shape, shifted_in=CHUNKS)
+    # The later of two chunks' rows, as the ring merges them.
+    slots = sub.shape[1]
+    out, lse = sub.float()[:, slots // 2 :], sub.new_empty(1, case.num_heads, slots, dtype=torch.float32)
+    new = sub.new_empty(1, case.num_heads, slots - slots // 2, case.head_dim).transpose(1, 2)
+    run("merge", merge_kernel.merge_in_one_pass, out, lse[..., slots // 2 :], new, lse[..., slots // 2 :].clone())
     return found
 
 

@@ -14,10 +14,11 @@ from benchmarks.emulation import FACTORS, NETWORKS
 NAME = "scaling"
 REPORT_FILE = "scaling.md"
 KEYS = ["element", "N", "cp", "exchange", "attention"]
-MEASURED = [*KEYS, "ms", "compute ms", "exposed %", "overhead %", "tokens/s per rank", "sent MB", "GiB"]
+MEASURED = [*KEYS, "ms", "compute ms", "host ms", "exposed %", "overhead %", "tokens/s per rank", "sent MB", "GiB"]
 EMULATED = [
     *KEYS,
     "compute ms",
+    "host ms",
     "balance",
     "overhead %",
     "sent MB",
@@ -31,12 +32,13 @@ NOTES = (
     "is measured at N / cp tokens and taken cp^2 times.",
 )
 MEASURED_NOTE = (
-    "Measured over ranks. compute: what a rank computes, without transfers. exposed: what transfers add to that. "
-    "tokens/s: forward and backward."
+    "Measured over ranks. compute: what a rank's device takes without transfers, all launches queued. host: what it "
+    "takes to launch them. exposed: what transfers, or a slower host, add to compute. tokens/s: forward and backward."
 )
 EMULATED_NOTE = (
-    "Measured on one device, each rank alone: compute, its balance (slowest rank over the mean) and overhead, without "
-    f"transfers. Projected: what transfers would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the "
+    "Measured on one device, each rank alone, without transfers: compute with all launches queued, what the host takes "
+    "to launch it, balance (slowest rank over the mean), overhead of compute. "
+    f"Projected: what transfers would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the "
     "bandwidth of "
     + "; ".join(f"{name}, {n.gb_per_s:g} GB/s and {n.latency_us:g} us ({n.source})" for name, n in NETWORKS.items())
     + "."
@@ -76,6 +78,7 @@ def _measured(times: Record, one_device: Record, result: Record) -> list[str]:
     return [
         _pair(milliseconds, ".2f"),
         _pair(compute, ".2f"),
+        _pair(times.get("host_ms"), ".2f"),
         _pair(exposed, ".1f"),
         _pair(_overhead(milliseconds, one_device, result["config"]["cp"]), ".1f"),
         f"{times['tokens_per_s_per_rank']:,.0f}",
@@ -94,6 +97,7 @@ def _emulated(times: Record, one_device: Record, result: Record) -> list[str]:
         projected.append("; ".join(_pair(of, ".1f") for of in percent))
     return [
         _pair(slowest, ".2f"),
+        _pair(times["host_ms"], ".2f"),
         _pair(balance, ".3f"),
         _pair(_overhead(slowest, one_device, result["config"]["cp"]), ".1f"),
         _sent(times),

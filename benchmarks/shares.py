@@ -59,6 +59,7 @@ def measured(
             passes = _passes(alone[0], _attentions(config, alone[1], with_dense)[name], inputs, repeats)
             compute = {kind: largest_over_ranks(_median(passes[kind]), layer.device) for kind in KINDS}
             times["compute_ms"] = compute
+            times["host_ms"] = {kind: largest_over_ranks(_host(passes[kind]), layer.device) for kind in KINDS}
             times["exposed_ms"] = {kind: times[kind]["p50_ms"] - compute[kind] for kind in KINDS}
         found[name] = times
     return found
@@ -78,8 +79,10 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
     inputs = layer.inputs(config.seq_len // world, seed=1)
     for name in (LIGHTHOUSE, DENSE) if with_dense else (LIGHTHOUSE,):
         ranks = range(world) if name == LIGHTHOUSE else (0, world - 1)
-        reset_peak_memory(layer.device)
         by_rank: dict[int, dict[str, list[Pass]]] = {}
+        reset_peak_memory(layer.device)
+        layers.forward_backward(_attentions(config, _alone(config, exchange, 0, layer.device)[1], True)[name], inputs)
+        memory = peak_memory_gib(layer.device)
         for rank in ranks:
             alone, cp = _alone(config, exchange, rank, layer.device)
             by_rank[rank] = _passes(alone, _attentions(config, cp, True)[name], inputs, repeats)
@@ -88,7 +91,8 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
         assert counted == _bytes(config, exchange, name), (counted, _bytes(config, exchange, name))
         found[name] = {
             "compute_ms": {kind: {str(rank): _median(by_rank[rank][kind]) for rank in ranks} for kind in KINDS},
-            "peak_memory_gib": peak_memory_gib(layer.device),
+            "host_ms": {kind: max(_host(by_rank[rank][kind]) for rank in ranks) for kind in KINDS},
+            "peak_memory_gib": memory,
             "bytes": counted,
             "projected_exposed_ms": {
                 network: {str(factor): _projected(by_rank, network, factor) for factor in FACTORS}
@@ -123,6 +127,10 @@ def _passes(alone: Alone, attention: layers.Attention, inputs: Sequence[Tensor],
 
 def _median(passes: Sequence[Pass]) -> float:
     return statistics.median(one.compute_ms for one in passes)
+
+
+def _host(passes: Sequence[Pass]) -> float:
+    return statistics.median(one.host_ms for one in passes)
 
 
 def _projected(by_rank: dict[int, dict[str, list[Pass]]], network: str, factor: float) -> dict[str, float]:

@@ -154,10 +154,10 @@ def test_a_transfer_is_exposed_as_far_as_compute_does_not_hide_it() -> None:
     """At 1 GB/s and 1 us, by hand: 10^6 bytes take 1 ms, and one transfer leaves after the other."""
     network = Network(1.0, 1.0, "")
     begin, wait = True, False
-    hidden = Pass(3.0, ((begin, 0, 0.0), (wait, 0, 2.0)), (1_000_000,))
+    hidden = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 2.0)), (1_000_000,))
     assert exposed_ms(hidden, network) == 0
-    half = Pass(3.0, ((begin, 0, 0.0), (wait, 0, 0.5)), (1_000_000,))
+    half = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 0.5)), (1_000_000,))
     assert exposed_ms(half, network) == pytest.approx(0.501)
     # The second leaves at 1.0, arrives at 2.001; by then 0.501 has been waited, so it is awaited at 1.001.
-    queued = Pass(3.0, ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5)), (1_000_000, 1_000_000))
+    queued = Pass(3.0, 1.0, ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5)), (1_000_000, 1_000_000))
     assert exposed_ms(queued, network) == pytest.approx(0.501 + 1.0)

@@ -126,7 +126,7 @@ def install_flash_attn() -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """Of whole sequences: output, gradients of q, k and v, rows that `dilated` scores; and bytes that this rank sends."""
+    """Of whole sequences: output, gradients of q, k and v, rows that `dilated` scores; bytes that this rank sent."""
 
     entries: Tensor | None
     values: list[Tensor]

@@ -31,6 +31,7 @@ def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
         "forward": times, "forward_backward": times | {"p50_ms": 6.0}, "peak_memory_gib": 1.5,
         "tokens_per_s_per_rank": 1e6 / cp, "bytes": {"forward": 2_000_000, "backward": 5_000_000},
         "compute_ms": {"forward": 1.6, "forward_backward": 5.0},
+        "host_ms": {"forward": 0.5, "forward_backward": 1.5},
         "exposed_ms": {"forward": 0.4, "forward_backward": 1.0},
     }  # fmt: skip
     return {
@@ -49,6 +50,7 @@ def emulated_result() -> dict[str, Any]:
     exposed = {"forward": 0.2, "forward_backward": 0.6}
     times = {
         "compute_ms": {"forward": {"0": 1.0, "1": 3.0}, "forward_backward": {"0": 6.0, "1": 6.0}},
+        "host_ms": {"forward": 0.5, "forward_backward": 1.5},
         "peak_memory_gib": 1.5,
         "bytes": {"forward": 1_000_000, "backward": 3_000_000},
         "projected_exposed_ms": {"NVLink 4": {"1.0": exposed, "2.0": exposed}, "InfiniBand NDR": {"1.0": exposed}},
@@ -89,15 +91,15 @@ def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureF
     assert text == (tmp_path / "scaling.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "|" in line]
     # Time of one device over cp: 1.6 / 5.0 at 2 ranks, 0.8 / 2.5 at 4.
-    times = ["ring", "lighthouse", "2.00 / 6.00", "1.60 / 5.00", "25.0 / 20.0"]
+    times = ["ring", "lighthouse", "2.00 / 6.00", "1.60 / 5.00", "0.50 / 1.50", "25.0 / 20.0"]
     assert rows[2:5] == [
         ["c", "8,192", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
         ["b", "8,192", "4", *times, "150.0 / 140.0", "250,000", "2.0 / 7.0", "1.50"],
         ["a", "16,384", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
     ]
     assert rows[7:] == [
-        ["d", "8,192", "2", "ulysses", "dense", "3.00 / 6.00", "1.500 / 1.000", "20.0 / 20.0", "1.0 / 4.0", "1.50",
-         "6.7 / 10.0; 6.7 / 10.0", "6.7 / 10.0"],
+        ["d", "8,192", "2", "ulysses", "dense", "3.00 / 6.00", "0.50 / 1.50", "1.500 / 1.000", "20.0 / 20.0",
+         "1.0 / 4.0", "1.50", "6.7 / 10.0; 6.7 / 10.0", "6.7 / 10.0"],
     ]  # fmt: skip
     assert "Measured on NVIDIA B200 in bfloat16, torch 2.11.0." in text
     assert "Left out, since not a result of this benchmark: latency.json." in text

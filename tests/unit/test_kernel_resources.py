@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from benchmarks import resources
 from benchmarks.common import Record
+from lhcp.distributed.exchange import merge_kernel
 from lhcp.kernels import lighthouse
 
 VARIANTS = {
@@ -20,10 +21,11 @@ VARIANTS = {
     "_select_kernel": {"select"},
     "_gather_kernel": {"gather", "gather, shifted"},
     "_spread_kernel": {"spread", "spread, shifted", "spread, shifted, halo"},
+    "_merge_kernel": {"merge"},
 }
 # Bytes. To fit one more block on a multiprocessor, ptxas parks a few of a thread's registers; in which kernels it does,
 # changes with its version (at most 8 in Triton 3.6 and 3.7). A tile that is too large for the registers takes hundreds.
-STACK = {"_pool_kernel": 16, "_select_kernel": 16, "_gather_kernel": 0, "_spread_kernel": 0}
+STACK = {"_pool_kernel": 16, "_select_kernel": 16, "_gather_kernel": 0, "_spread_kernel": 0, "_merge_kernel": 0}
 SHARED = 227 * 1024
 """Of a block, on both architectures."""
 
@@ -37,6 +39,7 @@ def test_every_kernel_and_variant_compiles_for_both_architectures(found: list[Re
     modules = [
         import_module(f"{lighthouse.__name__}.{name}") for _, name, _ in pkgutil.iter_modules(lighthouse.__path__)
     ]
+    modules.append(merge_kernel)
     assert {name for module in modules for name in vars(module) if name.endswith("_kernel")} == set(VARIANTS)
     compiled = {(record["kernel"], record["variant"], record["case"], record["arch"]) for record in found}
     assert compiled == {
