@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks.common import WARM_UP
+from benchmarks.common import LEAST_MS, WARM_UP
 from lhcp.distributed.link import RingLink
 
 
@@ -42,11 +42,6 @@ NETWORKS = {
 FACTORS = (0.5, 1.0, 2.0)
 """Of the bandwidth, at which overhead is projected."""
 
-MARGIN, MOST_PRODUCTS = 1.5, 200
-"""How long the host has: times what the pass before took it; at most so many products."""
-PRODUCT_SIZE, PRODUCT_S = 8192, 1e-3
-"""Of a square product in bfloat16: 1.1 TFLOP, which no GPU has done any sooner."""
-
 Moment = float | torch.cuda.Event
 """Seconds, or an event of the GPU's stream."""
 
@@ -70,17 +65,18 @@ class Pass:
 
 @dataclass
 class _Recording:
-    """A pass that may not have ended yet: moments, which a GPU reaches later."""
+    """A pass that may not have ended yet: moments, which a GPU reaches later, or at every replay of a graph."""
 
-    stream: torch.cuda.Stream | None
+    on_gpu: bool
+    in_graph: bool = False
     moments: list[Moment] = field(default_factory=list)
     kinds: list[tuple[str, int]] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
 
     def note(self, kind: str, transfer: int = -1) -> None:
-        if self.stream is not None:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(self.stream)
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True, external=self.in_graph)
+            event.record()
             self.moments.append(event)
         else:
             self.moments.append(time.perf_counter())
@@ -112,36 +108,44 @@ class Alone:
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._recording = _Recording(self._stream)
-        self._matrix: Tensor | None = None
+        self._on_gpu = device.type == "cuda"
+        self._recording = _Recording(self._on_gpu)
 
     def passes(self, call: Callable[[], object], repeats: int) -> list[Pass]:
         """`call` after a warm-up, `repeats` times.
 
-        A GPU multiplies matrices until the host has launched a pass: it never waits, and is as hot as in training.
+        On a GPU as a CUDA graph, replayed for `LEAST_MS` altogether: it never waits for the host, and gets as hot as in
+        training.
         """
-        passes, host_s = [], 0.0
-        for _ in range(WARM_UP + repeats):
-            if self._stream is not None:
-                products = math.ceil(MARGIN * host_s / PRODUCT_S)
-                self._multiply(min(products, MOST_PRODUCTS))
-            started = time.perf_counter()
-            self._recording = _Recording(self._stream)
-            self._recording.note("start")
-            call()
-            self._recording.note("end")
-            host_s = time.perf_counter() - started
-            if self._stream is not None:
-                self._stream.synchronize()
-            passes.append(self._recording.read(1e3 * host_s))
-        return passes[WARM_UP:]
+        for _ in range(WARM_UP):
+            done = self._run(call)
+        if not self._on_gpu:
+            return [self._run(call) for _ in range(repeats)]
+        self._recording = _Recording(self._on_gpu, in_graph=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._noted(call)
+        passes = []
+        for _ in range(repeats):
+            for _ in range(math.ceil(LEAST_MS / repeats / done.compute_ms)):
+                graph.replay()
+            torch.cuda.synchronize()
+            passes.append(self._recording.read(done.host_ms))
+        return passes
 
-    def _multiply(self, times: int) -> None:
-        if self._matrix is None:
-            self._matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device="cuda", dtype=torch.bfloat16)
-        for _ in range(times):
-            torch.mm(self._matrix, self._matrix)
+    def _run(self, call: Callable[[], object]) -> Pass:
+        self._recording = _Recording(self._on_gpu)
+        started = time.perf_counter()
+        self._noted(call)
+        host_ms = 1e3 * (time.perf_counter() - started)
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return self._recording.read(host_ms)
+
+    def _noted(self, call: Callable[[], object]) -> None:
+        self._recording.note("start")
+        call()
+        self._recording.note("end")
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Communicator.all_gather`."""

@@ -32,12 +32,12 @@ NOTES = (
     "is measured at N / cp tokens and taken cp^2 times.",
 )
 MEASURED_NOTE = (
-    "Measured over ranks. compute: what a rank's device takes without transfers, all launches queued. host: what it "
-    "takes to launch them. exposed: what transfers, or a slower host, add to compute. tokens/s: forward and backward."
+    "Measured over ranks. compute: what a rank's device takes without transfers, as a CUDA graph. host: what it takes to "
+    "launch that without one. exposed: what transfers, or a slower host, add to compute. tokens/s: forward and backward."
 )
 EMULATED_NOTE = (
-    "Measured on one device, each rank alone, without transfers: compute with all launches queued, what the host takes "
-    "to launch it, balance (slowest rank over the mean), overhead of compute. "
+    "Measured on one device, each rank alone, without transfers: compute as a CUDA graph, what the host takes to "
+    "launch it without one, balance (slowest rank over the mean), overhead of compute. "
     f"Projected: what transfers would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the "
     "bandwidth of "
     + "; ".join(f"{name}, {n.gb_per_s:g} GB/s and {n.latency_us:g} us ({n.source})" for name, n in NETWORKS.items())
