@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if config.parallel.exchange == "ring_flash_attn" and config.parallel.cp > 1:
             load_package()
+        config.parallel.check_exchange(config.model, config.activation_dtype, device.type)
     except ConfigError as error:
         if rank == 0:
             tell(error)
@@ -125,6 +126,8 @@ def train(
         watchdog.beat("at the start, checking the data and the checkpoint")
         checkpoint = _checked_start(config, env, resume, allowed)
         watchdog.beat("at the start, building the model")
+        if env.rank == 0 and config.padded_len > config.seq_len:
+            print(f"sequences of {config.seq_len} tokens are padded to {config.padded_len}", flush=True)
         trainer = Trainer(config, Mesh.build(config.parallel, device, timeout), device, checkpoint)
         aside = on_rank_zero(lambda: run_folder.begin(run_dir, config, trainer.done, device))
         saver = Saver(run_dir, config.checkpoint.keep, device, timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lhcp.config.model import ModelConfig
 from lhcp.config.section import ConfigError, PositiveInt, Section
 
 Sharding = Literal["zigzag", "contiguous"]
@@ -53,7 +54,7 @@ class ParallelConfig(Section):
             )
         return self.model_copy(update={"dp": dp})
 
-    def check_exchange(self, num_heads: int, num_kv_heads: int, dtype: str, device: str) -> None:
+    def check_exchange(self, model: ModelConfig, dtype: str, device: str) -> None:
         """Refuse an exchange that cannot take a model's heads, the activations' dtype, or the device.
 
         Raises:
@@ -62,19 +63,20 @@ class ParallelConfig(Section):
         if self.cp == 1:
             return
         if self.exchange == "ulysses":
-            ulysses_copies(self.cp, num_heads, num_kv_heads)
+            ulysses_copies(self.cp, model.num_heads, model.num_kv_heads)
         if self.exchange == "ring_flash_attn":
             wrong = {
                 f"parallel.sharding {self.sharding}": self.sharding != "zigzag",
                 f"parallel.block_backend {self.block_backend}": self.block_backend != "auto",
                 f"activations in {dtype}": dtype != "bfloat16",
                 f"device {device}": device == "cpu",
+                f"model.head_dim {model.head_dim}": model.head_dim % 8 != 0 or model.head_dim > 256,
             }
             if found := [what for what, is_wrong in wrong.items() if is_wrong]:
                 raise ConfigError(
                     f"parallel.exchange ring_flash_attn does not go with {' or '.join(found)}: it takes zigzag "
-                    f"sharding and compute_dtype: bfloat16 on GPUs, and has its own kernel (block_backend: auto); "
-                    f"use those, or parallel.exchange: ring"
+                    f"sharding, compute_dtype: bfloat16 and heads of 8 to 256 in steps of 8 on GPUs, and has its own "
+                    f"kernel (block_backend: auto); use those, or parallel.exchange: ring"
                 )
 
 

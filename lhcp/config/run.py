@@ -166,7 +166,7 @@ class RunConfig(Section):
         attention = self.attention
         if self._uses_lighthouse:
             attention = attention.resolve(self.padded_len, parallel.num_chunks)
-        parallel.check_exchange(self.model.num_heads, self.model.num_kv_heads, self.activation_dtype, self.device)
+        parallel.check_exchange(self.model, self.activation_dtype, self.device)
         backend, device, dtype = parallel.block_backend, self.device, self.activation_dtype
         fused = backend in ("cudnn", "flash")
         if (backend == "cpu" and device == "cuda") or (fused and (device == "cpu" or dtype != "bfloat16")):

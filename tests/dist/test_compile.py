@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lhcp.attention import LighthouseConfig
 from lhcp.attention.layers import LayerAttention
-from lhcp.config import ModelConfig
+from lhcp.config import ExchangeName, ModelConfig
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Block
 from lhcp.model.rope import rope_tables
@@ -23,12 +23,18 @@ MODEL = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=
 CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, topk=16, num_strata=4)
 
 
-@pytest.mark.parametrize("config", [CONFIG, None], ids=["lighthouse", "dense"])
-def test_a_compiled_block_is_the_eager_one_on_two_ranks(config: LighthouseConfig | None) -> None:
+@pytest.mark.parametrize(
+    ("config", "exchange"),
+    [(CONFIG, "ring"), (None, "ring"), (None, "ulysses")],
+    ids=["lighthouse", "dense", "ulysses"],
+)
+def test_a_compiled_block_is_the_eager_one_on_two_ranks(
+    config: LighthouseConfig | None, exchange: ExchangeName
+) -> None:
     """Output and gradients, at two lengths."""
 
     def rank_main(rank: int) -> list[float]:
-        cp = ContextParallel(dist.group.WORLD)
+        cp = ContextParallel(dist.group.WORLD, exchange=exchange)
         torch.manual_seed(0)
         block = Block(MODEL, layer=1)
         attention = LayerAttention(cp, config)

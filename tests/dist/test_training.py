@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,45 @@ def test_loss_and_gradients_are_those_of_one_process(data: Path, mode: str) -> N
         for rank_loss, rank_gradients in ranks:
             assert rank_loss == pytest.approx(loss, rel=1e-9)
             assert largest_error(rank_gradients, gradients) <= 1e-9
+
+
+@pytest.mark.parametrize("mode", ["lighthouse", "dense"])
+def test_every_exchange_gives_the_gradients_of_one_process(data: Path, mode: str) -> None:
+    results = [run_ranks(1, partial(gradients_of, make_config(data, 1, 1), mode))]
+    for exchange, cp in (("allgather", 4), ("ulysses", 4), ("ulysses", 2)):
+        parallel = {"dp": 1, "cp": cp, "exchange": exchange}
+        results.append(run_ranks(cp, partial(gradients_of, make_config(data, 1, cp, parallel=parallel), mode)))
+    ((loss, gradients),) = results[0]
+    for rank_loss, rank_gradients in itertools.chain.from_iterable(results):
+        assert rank_loss == pytest.approx(loss, rel=1e-9)
+        assert largest_error(rank_gradients, gradients) <= 1e-9
+
+
+def test_padding_changes_nothing(data: Path) -> None:
+    """Sequences of 351 tokens in chunks of 45, or of 90: the loss, gradients and curve of one process without padding.
+
+    For dense attention, of a length that nothing pads; for Lighthouse, of the layout that pads as little.
+    """
+    odd = 351
+    plain = make_config(data, 1, 1, seq_len=odd, stages=[{"mode": "dense", "steps": 10}])
+    assert plain.padded_len == odd
+    for cp in (2, 4):
+        padded = make_config(data, 1, cp, seq_len=odd, stages=[{"mode": "dense", "steps": 10}])
+        assert padded.padded_len == 352
+        results = [
+            run_ranks(1, partial(gradients_of, plain, "dense")),
+            run_ranks(cp, partial(gradients_of, padded, "dense")),
+        ]
+        ((loss, gradients),) = results[0]
+        for rank_loss, rank_gradients in results[1]:
+            assert rank_loss == pytest.approx(loss, rel=1e-9)
+            assert largest_error(rank_gradients, gradients) <= 1e-9
+    one, four = (make_config(data, 1, cp, seq_len=odd) for cp in (1, 4))
+    assert one.padded_len == four.padded_len == 360
+    ((losses, held_out),) = run_ranks(1, partial(curve_of, one))
+    for rank_losses, rank_held_out in run_ranks(4, partial(curve_of, four)):
+        np.testing.assert_allclose(rank_losses, losses, rtol=1e-7)
+        assert rank_held_out == pytest.approx(held_out, rel=1e-7)
 
 
 def test_gradient_accumulation_changes_nothing(data: Path) -> None:
