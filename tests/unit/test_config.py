@@ -159,8 +159,8 @@ WRONG_VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["parallel={cp: 2, exchange: ring_flash_attn, sharding: contiguous, block_backend: math}", "device=cpu"],
         [
             "parallel.exchange ring_flash_attn does not go with parallel.sharding contiguous or parallel.block_backend "
-            "math or activations in float32 or device cpu: it takes zigzag sharding, compute_dtype: bfloat16 and heads of "
-            "8 to 256 in steps of 8 on GPUs"
+            "math or activations in float32 or device cpu: it takes zigzag sharding, compute_dtype: bfloat16 and "
+            "heads of 8 to 256 in steps of 8 on GPUs"
         ],
     ),
     "package's ring on CPUs": (
