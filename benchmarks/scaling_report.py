@@ -32,11 +32,11 @@ NOTES = (
     "is measured at N / cp tokens and taken cp^2 times.",
 )
 MEASURED_NOTE = (
-    "Measured over ranks. compute: what a rank's device takes without transfers, as a CUDA graph. host: what it takes "
-    "to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward."
+    "Measured over ranks. compute: what a rank's device takes without transfers, a GPU as a CUDA graph. host: what it "
+    "takes to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward."
 )
 EMULATED_NOTE = (
-    "Measured on one device, each rank alone, without transfers: compute as a CUDA graph, what the host takes to "
+    "Measured on one device, each rank alone, without transfers: compute (of a GPU as a CUDA graph), what the host takes to "
     "launch it without one, balance (slowest rank over the mean), overhead of compute. "
     f"Projected: what transfers would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the "
     "bandwidth of "
