@@ -149,15 +149,18 @@ class Alone:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Communicator.all_gather`."""
+        x = x.contiguous()
         return self._at_once((self.size - 1) * x.nbytes, lambda: torch.stack([x] * self.size))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """See `Communicator.reduce_scatter`."""
+        x = x.contiguous()
         return self._at_once(x.nbytes - x[0].nbytes, x[self.rank].clone)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """See `Communicator.all_to_all`."""
-        return self._at_once(x.nbytes - x[0].nbytes, lambda: x.clone(memory_format=torch.contiguous_format))
+        x = x.contiguous()
+        return self._at_once(x.nbytes - x[0].nbytes, x.clone)
 
     def link(self) -> RingLink:
         """See `Communicator.link`."""

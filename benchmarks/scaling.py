@@ -170,10 +170,17 @@ def _result(
         "config": _settings(config),
         "environment": environment(device, layer.dtype),
     }
-    for exchange in exchanges:
-        result["check"] = {"exchange": exchange, **_check(config, exchange, layer, group)}
-        if not result["check"]["passed"]:
-            return result
+    checks = {exchange: _check(config, exchange, layer, group) for exchange in exchanges}
+    result["check"] = {
+        **checks[exchanges[0]],
+        "passed": all(check["passed"] for check in checks.values()),
+        **{
+            part: {f"{exchange} {name}": value for exchange in checks for name, value in checks[exchange][part].items()}
+            for part in ("errors", "tolerances")
+        },
+    }
+    if not result["check"]["passed"]:
+        return result
     result["one_device"] = shares.one_device(config, layer, repeats, with_dense)
     result["exchanges"] = {
         exchange: shares.emulated(config, exchange, layer, repeats, with_dense)

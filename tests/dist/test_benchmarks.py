@@ -57,7 +57,7 @@ def test_ranks_check_and_measure(config: Path, tmp_path: Path) -> None:
     check = found["check"]
     assert (check["passed"], check["against"], check["length"]) == (True, "one process in float64", 512)
     assert 0 < max(check["errors"].values()) <= 1e-10
-    assert check["errors"]["selection"] == 0
+    assert [check["errors"][f"{exchange} selection"] for exchange in exchanges] == [0, 0, 0]
     assert tuple(found["exchanges"]) == exchanges
     for of_exchange in found["exchanges"].values():
         for kind in ("lighthouse", "dense"):
@@ -93,8 +93,8 @@ def test_no_speed_without_the_halo(config: Path, with_dense: bool, monkeypatch: 
 
     for found in run_ranks(2, rank_main):
         assert not found["check"]["passed"]
-        assert found["check"]["errors"]["lighthouse out"] > 1e-3
-        assert found["check"]["errors"]["dense out"] < 1e-5
+        assert found["check"]["errors"]["ring lighthouse out"] > 1e-3
+        assert found["check"]["errors"]["ring dense out"] < 1e-5
         assert not {"one_device", "exchanges"} & found.keys()
 
 

@@ -144,12 +144,13 @@ def recorded_gradients(
     return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, seen
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_gradients_with_the_selection_replayed(
     data: Path, dtype: str, tolerance: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lighthouse in every layer: with one process's selections the gradients agree; own flips are counted."""
-    one, many = (make_config(data, 1, cp, dtype=dtype) for cp in (1, 4))
+    changes = {"dtype": dtype if dtype == "float64" else "float32", "compute_dtype": dtype}
+    one, many = (make_config(data, 1, cp, **changes) for cp in (1, 4))
     ((reference, selections),) = run_ranks(1, partial(recorded_gradients, one, None))
     for gradients, _ in run_ranks(4, partial(recorded_gradients, many, selections)):
         assert largest_error(gradients, reference) <= tolerance
