@@ -36,7 +36,7 @@ MEASURED_NOTE = (
     "takes to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward."
 )
 EMULATED_NOTE = (
-    "Measured on one device, each rank alone, without transfers: compute (of a GPU as a CUDA graph), what the host takes "
+    "Measured on one device, each rank alone, without transfers: compute (a GPU as a CUDA graph), what the host takes "
     "to launch it without one, balance (slowest rank over the mean), overhead of compute. Projected: what transfers "
     f"would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the bandwidth of "
     + "; ".join(f"{name}, {n.gb_per_s:g} GB/s and {n.latency_us:g} us ({n.source})" for name, n in NETWORKS.items())
