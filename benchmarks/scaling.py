@@ -87,7 +87,12 @@ def _measure_main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--emulate {args.emulate}: takes 2 ranks or more, on one device; start it without torchrun")
     overrides = [*args.overrides, *([f"parallel.cp={args.emulate}", "parallel.dp=1"] if emulated else [])]
     config = config_file.load(args.config, overrides)
-    exchanges = _exchanges(args.exchanges, config)
+    exchanges, cp, seq_len = _exchanges(args.exchanges, config), config.parallel.cp, config.seq_len
+    if cp > env.world_size == 1 and not emulated:
+        raise ConfigError(
+            f"parallel.cp {cp}: start it by torchrun --nproc-per-node {cp}, emulate the ranks (--emulate {cp}), or set "
+            f"parallel.cp=1"
+        )
     config = _resolved(config, exchanges, args.emulate or env.world_size)
     device = env.device(config.device)
     dtype = getattr(torch, config.activation_dtype)
@@ -101,6 +106,8 @@ def _measure_main(args: argparse.Namespace) -> int:
             on_rank_zero(lambda: make_way(args.out))
             result = measure(config, exchanges, device, args.repeats, args.dense)
             on_rank_zero(lambda: write_json(args.out, result))
+    if env.rank == 0 and config.seq_len > seq_len:
+        print(f"sequences of {seq_len:,} tokens are padded to {config.seq_len:,}")
     if env.rank == 0 and result["check"]["passed"]:
         print(tables({args.out.stem: result}), end="", flush=True)
     elif env.rank == 0:
@@ -112,7 +119,7 @@ def _exchanges(given: str | None, config: RunConfig) -> list[ExchangeName]:
     if given is None:
         return [config.parallel.exchange]
     known: dict[str, ExchangeName] = {name: name for name in get_args(ExchangeName)}
-    names = given.split(",")
+    names = [name.strip() for name in given.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--exchanges {','.join(unknown)}: valid are {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]
@@ -124,9 +131,8 @@ def _resolved(config: RunConfig, exchanges: Sequence[ExchangeName], ranks: int) 
     for exchange in exchanges:
         parallel = config.parallel.model_copy(update={"exchange": exchange})
         found = config.model_copy(update={"parallel": parallel}).resolve(ranks)
-    seq_len = found.attention.padded_length(found.seq_len)
-    attention = found.attention.resolve(seq_len, found.parallel.num_chunks)  # also where no stage uses it
-    return found.model_copy(update={"attention": attention, "seq_len": seq_len})
+    attention = found.attention.resolve_padded(found.seq_len, found.parallel.num_chunks)  # also where no stage uses it
+    return found.model_copy(update={"attention": attention, "seq_len": attention.padded_length(found.seq_len)})
 
 
 def measure(

@@ -37,8 +37,9 @@ MEASURED_NOTE = (
 )
 EMULATED_NOTE = (
     "Measured on one device, each rank alone, without transfers: compute (a GPU as a CUDA graph), what the host takes "
-    "to launch it without one, balance (slowest rank over the mean), overhead of compute. Projected: what transfers "
-    f"would add to compute, at {', '.join(f'{f:g}' for f in FACTORS)} times the bandwidth of "
+    "to launch it without one, balance (slowest rank over the mean), overhead of compute. Of dense attention the first "
+    "and the last rank alone. Projected, of forward and backward: what transfers would add to compute, at "
+    f"{', '.join(f'{f:g}' for f in FACTORS)} times the bandwidth of "
     + "; ".join(f"{name}, {n.gb_per_s:g} GB/s and {n.latency_us:g} us ({n.source})" for name, n in NETWORKS.items())
     + "."
 )
@@ -89,15 +90,15 @@ def _measured(times: Record, one_device: Record, result: Record) -> list[str]:
 def _emulated(times: Record, one_device: Record, result: Record) -> list[str]:
     slowest = {kind: max(of_rank.values()) for kind, of_rank in times["compute_ms"].items()}
     mean = {kind: sum(of_rank.values()) / len(of_rank) for kind, of_rank in times["compute_ms"].items()}
-    balance = {kind: slowest[kind] / mean[kind] for kind in slowest}
-    projected = []
-    for by_factor in times["projected_exposed_ms"].values():
-        percent = [{kind: 100 * of[kind] / slowest[kind] for kind in slowest} for of in by_factor.values()]
-        projected.append("; ".join(_pair(of, ".1f") for of in percent))
+    both = "forward_backward"
+    projected = [
+        " / ".join(f"{100 * of[both] / slowest[both]:.1f}" for of in by_factor.values())
+        for by_factor in times["projected_exposed_ms"].values()
+    ]
     return [
         _pair(slowest, ".2f"),
         _pair(times["host_ms"], ".2f"),
-        _pair(balance, ".3f"),
+        f"{slowest[both] / mean[both]:.3f}",
         _pair(_overhead(slowest, one_device, result["config"]["cp"]), ".1f"),
         _sent(times),
         f"{times['peak_memory_gib']:.2f}",

@@ -72,7 +72,7 @@ def _describe(config: RunConfig, ranks: int) -> None:
         f"text: {text.num_tokens:,} bytes of Python's standard library, and its held-out files\n"
         f"ranks: {ranks} processes, each sequence of {config.seq_len:,} tokens over {config.parallel.cp} of them "
         f"({config.parallel.sharding})\n"
-        f"attention: S = {attention.subsequence_length(config.seq_len):,} of {config.seq_len:,} tokens in "
+        f"attention: S = {attention.subsequence_length(config.padded_len):,} of {config.seq_len:,} tokens in "
         f"{attention.num_strata} strata (L={attention.num_levels}, p={attention.pooling_factor}, "
         f"k={attention.topk})\n"
         f"stages: {', then '.join(f'{stage.steps} steps {stage.mode}' for stage in config.stages)}\n",

@@ -127,7 +127,7 @@ def train(
         checkpoint = _checked_start(config, env, resume, allowed)
         watchdog.beat("at the start, building the model")
         if env.rank == 0 and config.padded_len > config.seq_len:
-            print(f"sequences of {config.seq_len} tokens are padded to {config.padded_len}", flush=True)
+            print(f"sequences of {config.seq_len:,} tokens are padded to {config.padded_len:,}", flush=True)
         trainer = Trainer(config, Mesh.build(config.parallel, device, timeout), device, checkpoint)
         aside = on_rank_zero(lambda: run_folder.begin(run_dir, config, trainer.done, device))
         saver = Saver(run_dir, config.checkpoint.keep, device, timeout)

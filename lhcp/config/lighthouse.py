@@ -53,10 +53,48 @@ class LighthouseConfig(Section):
     def padded_length(self, seq_len: int) -> int:
         """The shortest length of at least `seq_len` that attention takes, whatever the layout.
 
-        What follows the tokens is padding, which `lighthouse_attention` leaves out by `valid_len`. Other constraints
-        are those of `resolve`.
+        What follows the tokens is padding, which `lighthouse_attention` leaves out by `valid_len`. `topk`, which a
+        sequence may be too short for, is left to `resolve`.
+
+        Raises:
+            ConfigError: no length would do, because of `num_strata` and `topk`.
         """
-        return min((seq_len + -seq_len % unit for unit in self._units().values()), default=seq_len)
+        if seq_len < 1:
+            raise ConfigError(f"seq_len {seq_len}: must be at least 1")
+        if not (units := self._units()):
+            raise ConfigError(self._no_strata(seq_len, 1))
+        return min(seq_len + -seq_len % unit for unit in units.values())
+
+    def resolve_padded(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
+        """`resolve`, for sequences of `seq_len` tokens that are padded to `padded_length`; messages name `seq_len`."""
+        units, strata = self._units(), self.num_strata
+        if not units or (strata is not None and strata % num_chunks):
+            raise ConfigError(self._no_strata(seq_len, num_chunks))
+        length = self.padded_length(seq_len)
+        if self.topk > length // self.coarsest_window:
+            padded = f" (padded to {length})" if length > seq_len else ""
+            raise ConfigError(self._too_short(f"{seq_len}{padded}", length))
+        return self.resolve(length, num_chunks)
+
+    def _no_strata(self, seq_len: int, num_chunks: int) -> str:
+        """That `num_strata`, or what it would become, is not legal at any length, and what would be."""
+        legal = [s for s in range(num_chunks, self.topk // 2 + 1, num_chunks) if self.topk % s == 0]
+        unpadded = [s for s in legal if seq_len % (s * self.coarsest_window) == 0]
+        none = f"none is valid here: topk must be a multiple of {2 * num_chunks}"
+        valid = f"valid: {unpadded or legal}" if legal else none
+        if self.num_strata is None:
+            multiple = f"no multiple of 2 x max_cp = {2 * self.max_cp} is legal for topk {self.topk}"
+            return f"num_strata is unset, and {multiple}; {valid}"
+        return (
+            f"num_strata {self.num_strata} is not legal: {self._broken_by(self.num_strata, None, num_chunks)}; {valid}"
+        )
+
+    def _too_short(self, seq_len: str, length: int) -> str:
+        return (
+            f"topk {self.topk} exceeds the {length // self.coarsest_window} coarsest entries of seq_len {seq_len} "
+            f"(num_levels {self.num_levels}, pooling_factor {self.pooling_factor}); it must be at most that, or "
+            f"seq_len at least {self.topk * self.coarsest_window}"
+        )
 
     def _units(self) -> dict[int, int]:
         """What a length must be a multiple of, by `num_strata`, or by all that it may become if left out, ascending."""
@@ -87,15 +125,14 @@ class LighthouseConfig(Section):
         """S, the gathered entries of one sequence: N / p^(L-1) + (L-1) p topk."""
         return seq_len // self.coarsest_window + (self.num_levels - 1) * self.pooling_factor * self.topk
 
-    def _broken_by(self, strata: int, seq_len: int, num_chunks: int) -> str:
-        """The first constraint that `strata` breaks, in words."""
-        coarsest = seq_len // self.coarsest_window
+    def _broken_by(self, strata: int, seq_len: int | None, num_chunks: int) -> str:
+        """The first constraint that `strata` breaks, in words; of those on a length only where there is one."""
         if self.topk % strata:
             return f"it does not divide topk {self.topk}"
-        if seq_len % strata:
-            return f"it does not divide seq_len {seq_len}"
-        if coarsest % strata:
-            return f"a stratum of {seq_len // strata} tokens is not a multiple of {self.coarsest_window}"
+        if seq_len is not None and seq_len % (strata * self.coarsest_window):
+            uneven = f"a stratum of {seq_len // strata} tokens is not a multiple of {self.coarsest_window}"
+            reason = f"it does not divide seq_len {seq_len}" if seq_len % strata else uneven
+            return f"{reason} (a sequence can be padded: see padded_length)"
         if strata % num_chunks:
             return (
                 f"it does not divide evenly over the {num_chunks} chunks of the context-parallel layout (a chunk is a "
@@ -112,11 +149,7 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
             f"in each of {num_chunks} chunk(s); nearest legal: {_nearest_lengths(config, seq_len, num_chunks)}"
         )
     if config.topk > seq_len // config.coarsest_window:
-        raise ConfigError(
-            f"topk {config.topk} exceeds the {seq_len // config.coarsest_window} coarsest entries of seq_len {seq_len} "
-            f"(num_levels {config.num_levels}, pooling_factor {config.pooling_factor}); it must be at most that, or "
-            f"seq_len at least {config.topk * config.coarsest_window}"
-        )
+        raise ConfigError(config._too_short(f"{seq_len}", seq_len))
     legal = legal_num_strata(config, seq_len)
     fitting = [s for s in legal if s % num_chunks == 0]
     advice = f"valid: {fitting}" if fitting else f"none is valid here: topk must be a multiple of {2 * num_chunks}"

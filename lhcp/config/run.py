@@ -165,7 +165,7 @@ class RunConfig(Section):
             )
         attention = self.attention
         if self._uses_lighthouse:
-            attention = attention.resolve(self.padded_len, parallel.num_chunks)
+            attention = attention.resolve_padded(self.seq_len, parallel.num_chunks)
         parallel.check_exchange(self.model, self.activation_dtype, self.device)
         backend, device, dtype = parallel.block_backend, self.device, self.activation_dtype
         fused = backend in ("cudnn", "flash")

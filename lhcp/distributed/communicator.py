@@ -16,6 +16,10 @@ from torch.distributed import ProcessGroup
 
 from lhcp.distributed.link import RingLink
 
+# Named so since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Communicator(Protocol):
     """One rank among `size`. Every rank calls the same operations in the same order, with tensors of one shape."""
@@ -51,13 +55,13 @@ class GroupCommunicator:
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Communicator.all_gather`."""
         out = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=self._group)
+        _all_gather(out.flatten(0, 1), x.contiguous(), group=self._group)
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """See `Communicator.reduce_scatter`. (gloo's is an all-reduce, of twice the bytes.)"""
         out = x.new_empty(x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.flatten(0, 1), group=self._group)
+        _reduce_scatter(out, x.flatten(0, 1), group=self._group)
         return out
 
     def all_to_all(self, x: Tensor) -> Tensor:

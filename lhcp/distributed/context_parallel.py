@@ -146,8 +146,14 @@ class ContextParallel:
         return self._attend(q_BNHD, k_BNGD, v_BNGD)
 
     def without_padding(self, x: Tensor, valid_len: int) -> Tensor:
-        """This rank's shard `x` [B, N / W, ...], zero from position `valid_len` of the sequence on."""
+        """This rank's shard `x` [B, N / W, ...], zero from position `valid_len` of the sequence on.
+
+        Raises:
+            ConfigError: `valid_len` is not between 1 and N.
+        """
         seq_len = x.shape[1] * self.size
+        if not 1 <= valid_len <= seq_len:
+            raise ConfigError(f"valid_len {valid_len}: must be 1 to {seq_len}, tokens of the whole sequence")
         if all(stop <= valid_len for _, stop in self.layout.runs(self.rank, seq_len)):
             return x
         padding = self.positions(seq_len, x.device) >= valid_len

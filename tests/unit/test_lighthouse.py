@@ -14,6 +14,7 @@ import torch
 
 import oracle
 from lhcp.attention import LighthouseConfig, Selection, lighthouse_attention, select, select_from_scores
+from lhcp.config import ConfigError
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -307,3 +308,13 @@ def test_plain_pytorch_equals_the_oracle_in_float64() -> None:
     selection = case.make_selection()
     expected = out_and_grads(reference(case, selection.entries.tolist()), qkv)
     assert_equal_to_rounding(out_and_grads(plain_attention(case, selection), qkv), expected)
+
+
+@pytest.mark.parametrize("valid_len", [-1, 0, 65])
+def test_a_length_that_cannot_be_is_refused(valid_len: int) -> None:
+    config = LighthouseConfig(num_levels=2, pooling_factor=2, topk=8, num_strata=2)
+    q = torch.randn(1, 64, 1, 4)
+    for function in (lambda: lighthouse_attention(q, q, q, config, valid_len=valid_len),
+                     lambda: select(q, q, config, valid_len=valid_len)):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"valid_len {valid_len}: must be 1 to 64, tokens of the whole sequence"):
+            function()
