@@ -85,6 +85,8 @@ def _measure_main(args: argparse.Namespace) -> int:
     env, emulated = ProcessEnv.read(), args.emulate is not None
     if emulated and (args.emulate < 2 or env.world_size > 1):
         raise ConfigError(f"--emulate {args.emulate}: takes 2 ranks or more, on one device; start it without torchrun")
+    if emulated and "ring_flash_attn" in (args.exchanges or ""):
+        raise ConfigError("ring_flash_attn cannot be emulated, since its transfers are its own; leave it out")
     overrides = [*args.overrides, *([f"parallel.cp={args.emulate}", "parallel.dp=1"] if emulated else [])]
     config = config_file.load(args.config, overrides)
     exchanges, cp, seq_len = _exchanges(args.exchanges, config), config.parallel.cp, config.seq_len

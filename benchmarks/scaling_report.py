@@ -151,10 +151,13 @@ def _read(folder: Path, expected: Sequence[str]) -> tuple[dict[str, Record], dic
                     problems[name] = f"{path.name} is not a result of this benchmark"
                 else:
                     foreign.append(path.name)
+            elif not isinstance(result.get("emulated"), bool):
+                problems[name] = f"{path.name} is a result of another version; measure again"
             elif result["check"]["passed"] is not True:
                 problems[name] = layers.complaint(result["check"])
             else:
-                tables({name: result})
+                if not tables({name: result}):
+                    raise ValueError("nothing was measured")
                 setting(result["environment"])
                 results[name] = result
                 problems.pop(name, None)

@@ -63,6 +63,8 @@ class LighthouseConfig(Section):
             raise ConfigError(f"seq_len {seq_len}: must be at least 1")
         if not (units := self._units()):
             raise ConfigError(self._no_strata(seq_len, 1))
+        if self._dilation_divides(seq_len) and any(seq_len % (s * self.coarsest_window) == 0 for s in units):
+            return seq_len
         return min(seq_len + -seq_len % unit for unit in units.values())
 
     def resolve_padded(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
@@ -71,6 +73,8 @@ class LighthouseConfig(Section):
         if not units or (strata is not None and strata % num_chunks):
             raise ConfigError(self._no_strata(seq_len, num_chunks))
         length = self.padded_length(seq_len)
+        if (derived := self._derived(length)) is not None and derived % num_chunks:
+            raise ConfigError(self.model_copy(update={"num_strata": derived})._no_strata(seq_len, num_chunks))
         if self.topk > length // self.coarsest_window:
             padded = f" (padded to {length})" if length > seq_len else ""
             raise ConfigError(self._too_short(f"{seq_len}{padded}", length))
@@ -97,12 +101,21 @@ class LighthouseConfig(Section):
         )
 
     def _units(self) -> dict[int, int]:
-        """What a length must be a multiple of, by `num_strata`, or by all that it may become if left out, ascending."""
+        """What padded lengths are multiples of, by `num_strata`, or by all that it may become if unset, ascending."""
         step = 2 * self.max_cp
         derivable = range(step * -(-self.topk // (128 * step)), self.topk // 2 + 1, step)
         known = derivable if self.num_strata is None else [self.num_strata]
         window = lcm(self.coarsest_window, self.dilation if self.scorer == "dilated" else 1)
         return {s: s * window for s in known if s and self.topk % s == 0 and 2 * s <= self.topk}
+
+    def _derived(self, seq_len: int) -> int | None:
+        """What `num_strata` becomes where it is left out: whatever the layout, so that all select the same."""
+        units = self._units()
+        whole = [s for s, unit in units.items() if seq_len % unit == 0]
+        return next(iter(whole or [s for s in units if seq_len % (s * self.coarsest_window) == 0]), None)
+
+    def _dilation_divides(self, length: int) -> bool:
+        return self.scorer == "norm" or length % self.dilation == 0
 
     def _fits(self, seq_len: int, num_chunks: int) -> bool:
         """Whether nothing is to be fixed or refused: cheap, since a layer asks at every call."""
@@ -112,7 +125,7 @@ class LighthouseConfig(Section):
             and seq_len % (self.coarsest_window * num_chunks) == 0
             and self.topk % strata == seq_len // self.coarsest_window % strata == strata % num_chunks == 0
             and 2 * strata <= self.topk <= seq_len // self.coarsest_window
-            and (self.scorer == "norm" or seq_len // num_chunks % self.dilation == 0)
+            and self._dilation_divides(seq_len // num_chunks)
         )
 
     @property
@@ -155,8 +168,7 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
     advice = f"valid: {fitting}" if fitting else f"none is valid here: topk must be a multiple of {2 * num_chunks}"
     strata = config.num_strata
     if strata is None:
-        # Whatever num_chunks is: the same run at another context-parallel degree must select the same.
-        strata = next((s for s, unit in config._units().items() if seq_len % unit == 0), None)
+        strata = config._derived(seq_len)
         if strata is None:
             raise ConfigError(
                 f"num_strata is unset, and no multiple of 2 x max_cp = {2 * config.max_cp} is legal for seq_len "
@@ -166,7 +178,7 @@ def _resolved(config: LighthouseConfig, seq_len: int, num_chunks: int) -> Lighth
         raise ConfigError(
             f"num_strata {strata} is not legal: {config._broken_by(strata, seq_len, num_chunks)}; {advice}"
         )
-    if config.scorer == "dilated" and seq_len // num_chunks % config.dilation:
+    if not config._dilation_divides(seq_len // num_chunks):
         raise ConfigError(
             f"dilation {config.dilation} does not divide the chunk of {seq_len // num_chunks} tokens; nearest legal "
             f"seq_len: {_nearest_lengths(config, seq_len, num_chunks)}"

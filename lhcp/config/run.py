@@ -138,7 +138,8 @@ class RunConfig(Section):
 
     @property
     def _uses_lighthouse(self) -> bool:
-        return "lighthouse" in {*self.eval.modes, *(stage.mode for stage in self.stages)}
+        evaluated = self.eval.modes if self.eval.sequences else []
+        return "lighthouse" in {*evaluated, *(stage.mode for stage in self.stages)}
 
     def stage_at(self, step: int) -> StageConfig:
         """The stage of optimizer step `step` (from 0)."""

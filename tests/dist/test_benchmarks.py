@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from benchmarks import scaling
-from benchmarks.emulation import Network, Pass, exposed_ms
+from benchmarks.emulation import Network, Pass, _Recording, exposed_ms
 from lhcp import config_file
 from lhcp.distributed import ContextParallel
 from lhcp.volume import Attention, layer_bytes
@@ -161,3 +161,45 @@ def test_a_transfer_is_exposed_as_far_as_compute_does_not_hide_it() -> None:
     # The second leaves at 1.0, arrives at 2.001; by then 0.501 has been waited, so it is awaited at 1.001.
     queued = Pass(3.0, 1.0, ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5)), (1_000_000, 1_000_000))
     assert exposed_ms(queued, network) == pytest.approx(0.501 + 1.0)
+
+
+def test_copies_in_place_of_transfers_are_not_compute() -> None:
+    """Moments in seconds: a transfer that begins at 1 ms is copied until 3 ms and awaited at 4 ms of 6."""
+    kinds = [("start", -1), ("begin", 0), ("copied", -1), ("wait", 0), ("end", -1)]
+    recording = _Recording(False, moments=[0.0, 0.001, 0.003, 0.004, 0.006], kinds=kinds, nbytes=[8])
+    done = recording.read(7.0)
+    assert done.compute_ms == pytest.approx(4.0)
+    assert [(begins, number) for begins, number, _ in done.marks] == [(True, 0), (False, 0)]
+    assert [at for _, _, at in done.marks] == pytest.approx([1.0, 2.0])
+
+
+def test_dense_attention_of_one_device_is_extrapolated_by_the_square(
+    monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    def measure(attention: Any, inputs: list[torch.Tensor], repeats: int) -> dict[str, Any]:
+        return {kind: {"p50_ms": float(inputs[0].shape[1])} for kind in ("forward", "forward_backward")}
+
+    monkeypatch.setattr(scaling.layers, "measure", measure)
+    resolved = config_file.load(config, ["parallel.cp=4"]).resolve(4)
+    layer = scaling.layers.Layer.of(resolved, torch.device("cpu"))
+    found = scaling.shares.one_device(resolved, layer, 1, True)
+    assert found["lighthouse"]["forward"] == 512
+    assert found["dense"]["forward"] == 128 * 16
+
+
+def test_a_check_that_one_rank_fails_is_failed(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(layer: Any, length: int, attention: Any, cp: ContextParallel, *others: Any) -> dict[str, Any]:
+        error = float(cp.rank == 1)
+        return {
+            "passed": not error,
+            "length": length,
+            "against": "one process",
+            "errors": {"out": error},
+            "tolerances": {"out": 0.5},
+        }
+
+    monkeypatch.setattr(scaling.layers, "check", check)
+    assert scaling.main([str(config), "--emulate", "2", "--out", str(tmp_path / "out.json")]) == 1
+    assert "ring out 1 (at most 0.5); nothing was timed" in capsys.readouterr().err

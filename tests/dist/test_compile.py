@@ -104,3 +104,26 @@ def test_groups_end_with_their_context_parallel() -> None:
 
     for threads in run_ranks(2, rank_main):
         assert threads[0] == threads[-1]
+
+
+@pytest.mark.parametrize("exchange", ["ring", "allgather", "ulysses"])
+def test_ranks_may_need_different_gradients(exchange: ExchangeName) -> None:
+    """None is left waiting, and none takes one tensor's message for another's."""
+    wanted = ("qk", "qv")
+
+    def gradients(cp: ContextParallel, names: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: cp.shard(torch.randn(1, 16, 4, 4, generator=generator)).clone() for name in "qkv"}
+        for name in names:
+            tensors[name].requires_grad_()
+        cp.attend(*tensors.values()).square().sum().backward()
+        return {name: cp.shard(x.grad) if cp.size == 1 else x.grad for name, x in tensors.items() if name in names}
+
+    reference = gradients(ContextParallel(), "qkv")
+
+    def rank_main(rank: int) -> None:
+        cp = ContextParallel(dist.group.WORLD, exchange=exchange)
+        for name, grad in gradients(cp, wanted[rank]).items():
+            torch.testing.assert_close(grad, cp.shard(reference[name]))
+
+    run_ranks(2, rank_main)

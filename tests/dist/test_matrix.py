@@ -21,6 +21,9 @@ from torch import Tensor
 from lhcp.attention import LighthouseConfig, lighthouse_attention, select
 from lhcp.config import ConfigError, ExchangeName, Sharding
 from lhcp.distributed import ContextParallel
+from lhcp.distributed.exchange.ulysses import HeadSwap
+from lhcp.distributed.sharding import ChunkLayout
+from lhcp.distributed.threads import ThreadCommunicator, run_threads
 from ranks import run_ranks
 
 BATCH, HEADS, WIDTH = 2, 8, 4
@@ -183,3 +186,15 @@ def test_heads_that_ulysses_cannot_share_are_refused() -> None:
                 cp.attend(q, k, k)
 
     run_ranks(2, rank_main)
+
+
+def test_copies_of_a_head_are_summed_in_float32() -> None:
+    """Gradients of a KV head on the ranks that share it, in bfloat16, whose sums it could not hold on the way."""
+    partial = torch.tensor([256.0, 1.0, -256.0, 1.0])
+
+    def rank_main(communicator: ThreadCommunicator) -> float:
+        swap = HeadSwap(communicator, ChunkLayout(4, "zigzag"))
+        (total,) = swap.to_tokens((partial[communicator.rank].bfloat16().expand(1, 8, 1, 1), 4))
+        return float(total[0, 0, 0, 0])
+
+    assert run_threads(4, rank_main) == [2.0] * 4

@@ -12,7 +12,8 @@ import pytest
 from torch import Tensor
 
 from lhcp.attention import Selection, lighthouse_attention, select
-from lhcp.config import RunConfig
+from lhcp.config import RunConfig, StageConfig
+from lhcp.data import IGNORE, Batch
 from lhcp.distributed import ContextParallel
 from lhcp.parallelize import full
 from ranks import run_ranks
@@ -89,6 +90,33 @@ def test_padding_changes_nothing(data: Path) -> None:
     for rank_losses, rank_held_out in run_ranks(4, partial(curve_of, four)):
         np.testing.assert_allclose(rank_losses, losses, rtol=1e-7)
         assert rank_held_out == pytest.approx(held_out, rel=1e-7)
+
+
+def held_out_of(config: RunConfig, rank: int) -> float:
+    return make_trainer(config).held_out("dense")
+
+
+def loss_of(config: RunConfig, token: int, rank: int) -> float:
+    """Of the first step, with `token` in place of what padding holds."""
+    trainer = make_trainer(config)
+    batches = trainer.loader.micro_batches
+
+    def padded_with(step: int) -> list[Batch]:
+        return [(np.where(labels == IGNORE, token, tokens), labels) for tokens, labels in batches(step)]
+
+    trainer.loader.micro_batches = padded_with  # type: ignore[method-assign]
+    return float(trainer.gradients(0, trainer.attention("lighthouse")))
+
+
+def test_what_padding_holds_does_not_matter(data: Path) -> None:
+    """Not to Lighthouse attention either, which sees whole strata; and a held-out loss is that without padding."""
+    padded, plain = (make_config(data, 1, cp, seq_len=325) for cp in (2, 1))
+    plain = plain.model_copy(update={"stages": [StageConfig(mode="dense", steps=10)]})
+    assert (padded.padded_len, plain.padded_len) == (360, 325)
+    zeros, others = (run_ranks(2, partial(loss_of, padded, token)) for token in (0, 65))
+    assert zeros == others
+    (held_out,) = run_ranks(1, partial(held_out_of, plain))
+    assert run_ranks(2, partial(held_out_of, padded)) == pytest.approx([held_out] * 2, rel=1e-9)
 
 
 def test_gradient_accumulation_changes_nothing(data: Path) -> None:

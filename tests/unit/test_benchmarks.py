@@ -111,7 +111,9 @@ def test_scaling_report_names_what_is_missing_or_failed(tmp_path: Path, capsys: 
              "errors": {"lighthouse dk": 0.25, "dense dq": None, "dense dk": 1e-7},
              "tolerances": {"lighthouse dk": 1e-5, "dense dq": 1e-5, "dense dk": 1e-5}}  # fmt: skip
     write_json(tmp_path / "good.json", result())
-    write_json(tmp_path / "wrong.json", {"benchmark": "scaling", "check": check})
+    write_json(tmp_path / "wrong.json", {"benchmark": "scaling", "emulated": False, "check": check})
+    write_json(tmp_path / "nothing.json", result(exchanges={}))
+    write_json(tmp_path / "old.json", {key: value for key, value in result().items() if key != "emulated"})
     write_json(tmp_path / "foreign.json", {"benchmark": "latency"})
     (tmp_path / "torn.json").write_text('{"benchmark": "scal')
     write_json(tmp_path / "partial.json", {key: value for key, value in result().items() if key != "one_device"})
@@ -126,6 +128,8 @@ def test_scaling_report_names_what_is_missing_or_failed(tmp_path: Path, capsys: 
         "- absent: no result: see its log",
     ]
     assert [line.split(" (")[0] for line in problems[3:]] == [
+        "- nothing: nothing.json is damaged",
+        "- old: old.json is a result of another version; measure again",
         "- partial: partial.json is damaged",
         "- torn: torn.json is damaged",
     ]
