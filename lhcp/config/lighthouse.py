@@ -70,6 +70,8 @@ class LighthouseConfig(Section):
     def resolve_padded(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
         """`resolve`, for sequences of `seq_len` tokens that are padded to `padded_length`; messages name `seq_len`."""
         units, strata = self._units(), self.num_strata
+        if self.topk > (entries := -(-seq_len // self.coarsest_window)) and not units:
+            raise ConfigError(self._too_short(f"{seq_len}", entries * self.coarsest_window))
         if not units or (strata is not None and strata % num_chunks):
             raise ConfigError(self._no_strata(seq_len, num_chunks))
         length = self.padded_length(seq_len)
@@ -106,7 +108,7 @@ class LighthouseConfig(Section):
         derivable = range(step * -(-self.topk // (128 * step)), self.topk // 2 + 1, step)
         known = derivable if self.num_strata is None else [self.num_strata]
         window = lcm(self.coarsest_window, self.dilation if self.scorer == "dilated" else 1)
-        return {s: s * window for s in known if s and self.topk % s == 0 and 2 * s <= self.topk}
+        return {s: s * window for s in known if self.topk % s == 0 and 2 * s <= self.topk}
 
     def _derived(self, seq_len: int) -> int | None:
         """What `num_strata` becomes where it is left out: whatever the layout, so that all select the same."""

@@ -242,7 +242,7 @@ def test_a_stopped_rank_is_named_and_the_others_say_where_they_wait(ended: dict[
     assert f"in step {HANGS_IN} since " in text
     assert re.search(what, text)
     assert "ring.py" in text
-    assert "p2p.py" in text
+    assert "link.py" in text
     assert re.search(r"in wait$|in post$", text, re.MULTILINE)
     waited = (run.run_dir / "logs" / "hang-rank-00000.txt").stat().st_mtime - os.path.getmtime(
         run.run_dir / METRICS_FILE

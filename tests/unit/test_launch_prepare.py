@@ -83,14 +83,14 @@ def refusal(**changes: Any) -> str:
             ["parallel.cp=8", "attention.topk=24", "attention.num_strata=8"],
             {},
             "1 node(s) with 8 GPU(s) each: num_strata 8 is not legal: it does not divide evenly over the 16 chunks of "
-            "the context-parallel layout (a chunk is a whole number of strata); none is valid here: topk should be a "
-            "multiple of the chunks",
+            "the context-parallel layout (a chunk is a whole number of strata); none is valid here: topk must be a "
+            "multiple of 32",
         ),
         (
             ["attention.topk=81"],
             {},
             "1 node(s) with 8 GPU(s) each: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, "
-            "pooling_factor 3); it must be at most that",
+            "pooling_factor 3); it must be at most that, or seq_len at least 729",
         ),
         ([], {"nodes": "0"}, "nodes: given '0', must be a whole number of at least 1"),
         ([], {"nodes": "two"}, "nodes: given 'two', must be a whole number of at least 1"),
@@ -214,7 +214,7 @@ def test_missing_data(folder: Path) -> None:
         (
             {"arms": {"good": {}, "bad": {"attention.topk": 81}}},
             "bad: 1 node(s) with 8 GPU(s) each: topk 81 exceeds the 80 coarsest entries of seq_len 720 (num_levels 3, "
-            "pooling_factor 3); it must be at most that",
+            "pooling_factor 3); it must be at most that, or seq_len at least 729",
         ),
         (
             {"arms": {"good": {}, "bad": {"optim.lr": -1}}},
