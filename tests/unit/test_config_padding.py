@@ -8,6 +8,7 @@ import pytest
 
 from lhcp import config_file
 from lhcp.config import ConfigError
+from lhcp.flops import step_flops
 
 DEMO = Path(__file__).parents[2] / "launch" / "configs" / "demo.yaml"  # 8,192 tokens, 8 strata, windows of 16, cp 2
 
@@ -58,3 +59,14 @@ def test_what_no_padding_mends_is_refused_in_words_of_the_user(overrides: list[s
     with pytest.raises(ConfigError) as caught:
         config_file.load(DEMO, overrides).resolve(2)
     assert str(caught.value) == message
+
+
+def test_flops_of_lighthouse_are_those_of_the_padded_length() -> None:
+    """Matrix products count real tokens; the sub-sequence is that of the padded sequence."""
+    config = config_file.load(DEMO, ["seq_len=8191"]).resolve(2)
+    n, batch, layers, dense = 8191, config.global_batch_size, config.model.num_layers, len(config.dense_layers)
+    width = config.model.num_heads * config.model.head_dim
+    products = step_flops(config, "dense") - 6 * batch * width * layers * n**2  # 3 x 4 x N^2 / 2 a layer
+    sub = config.attention.subsequence_length(8192)
+    expected = products + 6 * batch * width * (dense * n**2 + (layers - dense) * sub**2)
+    assert step_flops(config, "lighthouse") == pytest.approx(expected, rel=1e-12)
