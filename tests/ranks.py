@@ -63,7 +63,7 @@ def _collect(ranks: list[tuple[Any, Connection]], timeout: float) -> list[Any]:
             if rank in results or not pipe.poll(0.005):
                 continue
             try:
-                # Bytes that a process of ours wrote: whole tensors, where Pipe.send would share their memory.
+                # From our own fork, as Pipe.recv would: but whole tensors, where Pipe.send shares their memory.
                 done, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 done, value = False, "the process died"

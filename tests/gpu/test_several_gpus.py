@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flight_recorder import entries
 from lhcp import config_file
 from lhcp.config import RunConfig
 from lhcp.metrics import read_metrics
@@ -111,6 +111,4 @@ def test_a_stopped_rank_is_named_and_the_last_collectives_are_kept(data: Path, t
     assert re.search(r"error: no progress for 15 s: rank 1 on host \S+ gives no sign of life since", run.output)
     logs = run.config.output_dir / "logs"
     assert re.search(r'lhcp/run\.py", line \d+ in run$', (logs / "hang-rank-00000.txt").read_text(), re.MULTILINE)
-    # The pickle is torch's own, written by a process of ours.
-    entries = pickle.loads((logs / "nccl_trace_rank_0").read_bytes())["entries"]
-    assert any(entry["state"] != "completed" for entry in entries)
+    assert any(entry["state"] != "completed" for entry in entries(logs / "nccl_trace_rank_0"))
