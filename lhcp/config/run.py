@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lhcp.config.lighthouse import LighthouseConfig
 from lhcp.config.model import ModelConfig
@@ -51,10 +51,41 @@ class StageConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What is kept for backward."""
+    """What is kept for backward, and where."""
 
     recompute: RecomputeMode = "none"
-    """`selective`: the feed-forward halves of layers run again in backward; `full`: whole layers, attention too."""
+    """What runs again in backward: `selective`, layers but for their attention call, whose output is kept; `full`, the
+    attention call too. A layer that runs again attends with the entries that it had selected."""
+    recompute_layers: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """So many layers, the first ones, are recomputed; the others keep what they need. None: all."""
+    offload_layers: Annotated[int, Field(strict=True, ge=0)] = 0
+    """So many layers, the first ones, keep their input in pinned host memory, copied both ways beside the compute; the
+    others' stays on the GPU. They must be among those that are recomputed."""
+
+
+class ProfileConfig(Section):
+    """What is recorded for the profiler, into `profile/` of the run folder, by rank 0."""
+
+    steps: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    """`FIRST:LAST`, counted from 1: a trace of these steps, and a table of the time by kernel. None: nothing."""
+    memory: Annotated[bool, Field(strict=True)] = False
+    """A snapshot of the GPU's memory too, every allocation of these steps with its stack."""
+
+    @property
+    def range(self) -> tuple[int, int] | None:
+        """First and last step, counted from 1; None: nothing is recorded."""
+        if self.steps is None:
+            return None
+        first, last = map(int, self.steps.split(":"))
+        return first, last
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.range is not None and not 1 <= self.range[0] <= self.range[1]:
+            raise ValueError(f"profile.steps {self.steps}: FIRST:LAST, counted from 1, such as 10:13")
+        if self.memory and self.steps is None:
+            raise ValueError("profile.memory needs profile.steps, FIRST:LAST, such as 10:13")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -100,6 +131,9 @@ class RunConfig(Section):
     compute_dtype: Literal["float32", "float64", "bfloat16"] | None = None
     """Of activations and matrix products. None: `dtype`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Annotated[bool, Field(strict=True)] | None = None
+    """Compile each layer and the loss (torch.compile): faster steps, a first one that takes a minute longer. None: on
+    GPUs."""
     deterministic: Annotated[bool, Field(strict=True)] = False
     """Only deterministic kernels: two runs of one layout give bit-identical weights. Slower on GPUs."""
     hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 1_800.0
@@ -118,6 +152,7 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def activation_dtype(self) -> str:
@@ -140,6 +175,29 @@ class RunConfig(Section):
     def _uses_lighthouse(self) -> bool:
         evaluated = self.eval.modes if self.eval.sequences else []
         return "lighthouse" in {*evaluated, *(stage.mode for stage in self.stages)}
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many layers, the first ones, run again in backward."""
+        if self.memory.recompute == "none":
+            return 0
+        wanted, layers = self.memory.recompute_layers, self.model.num_layers
+        return layers if wanted is None else wanted
+
+    def _check_memory(self) -> None:
+        memory, layers = self.memory, self.model.num_layers
+        if memory.recompute_layers is not None and memory.recompute_layers > layers:
+            raise ConfigError(f"memory.recompute_layers {memory.recompute_layers}: the model has {layers} layers")
+        if memory.offload_layers > self.recomputed_layers:
+            raise ConfigError(
+                f"memory.offload_layers {memory.offload_layers}: only {self.recomputed_layers} layers are recomputed "
+                f"(memory.recompute {memory.recompute}, recompute_layers {memory.recompute_layers}), and only those "
+                f"keep nothing but their input; lower it, or set memory.recompute: full"
+            )
+        if self.compile and self.attention.check_finite and self._uses_lighthouse:
+            raise ConfigError(
+                "attention.check_finite waits for the GPU, which a compiled layer cannot; set compile: false"
+            )
 
     def stage_at(self, step: int) -> StageConfig:
         """The stage of optimizer step `step` (from 0)."""
@@ -178,6 +236,7 @@ class RunConfig(Section):
         outside = [i for i in self.dense_layers if not 0 <= i < self.model.num_layers]
         if outside:
             raise ConfigError(f"dense_layers {outside}: the model's layers are 0 to {self.model.num_layers - 1}")
+        self._check_memory()
         if self.eval.sequences % parallel.dp:
             raise ConfigError(
                 f"eval.sequences {self.eval.sequences} is not a multiple of dp {parallel.dp}; nearest legal: "
