@@ -25,6 +25,6 @@ from lhcp.config.section import ConfigError, PositiveInt, Section, written_out
 __all__ = [
     "BlockBackendName", "CheckpointConfig", "ConfigError", "DataConfig", "EvalConfig", "EvalMode", "ExchangeName",
     "LighthouseConfig", "LinearRopeScaling", "Llama3RopeScaling", "MemoryConfig", "ModelConfig", "OptimConfig",
-    "ParallelConfig", "PositiveInt", "ProfileConfig", "RecomputeMode", "RopeScaling", "RunConfig", "Section", "Sharding",
-    "StageConfig", "StageMode", "legal_num_strata", "written_out",
+    "ParallelConfig", "PositiveInt", "ProfileConfig", "RecomputeMode", "RopeScaling", "RunConfig", "Section",
+    "Sharding", "StageConfig", "StageMode", "legal_num_strata", "written_out",
 ]  # fmt: skip
