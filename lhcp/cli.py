@@ -84,9 +84,19 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="Resume although this key, part of what the model computes, has changed."),
     ] = None,
+    profile_steps: Annotated[
+        str | None,
+        typer.Option("--profile.steps", metavar="FIRST:LAST", help="Leave a trace of these steps in the run folder."),
+    ] = None,
+    profile_memory: Annotated[
+        bool, typer.Option("--profile.memory", help="And a snapshot of the GPU's memory in them.")
+    ] = False,
 ) -> None:
     """Train on this machine, one process per rank (parallel.dp x parallel.cp)."""
-    run = config_file.load(config, overrides or ())
+    overrides = list(overrides or ())
+    overrides += [] if profile_steps is None else [f"profile.steps={profile_steps}"]
+    overrides += ["profile.memory=true"] if profile_memory else []
+    run = config_file.load(config, overrides)
     nproc = (run.parallel.dp or 1) * run.parallel.cp
     allowed = allow_change or []
     check_files(run.resolve(nproc), resume, allowed)  # a wrong value ends here, before any process starts
@@ -94,7 +104,7 @@ def train(
         raise ConfigError(NO_TORCH)
     flags = [] if resume is None else ["--resume", resume]
     flags += [word for key in allowed for word in ("--allow-change", key)]
-    raise typer.Exit(torchrun.run(config, overrides or (), nproc, flags))
+    raise typer.Exit(torchrun.run(config, overrides, nproc, flags))
 
 
 @app.command()

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 
 from lhcp.checkpoint.saver import MAX_FAILURES, Saved, Saver
+from lhcp.config.run import ProfileConfig
 from lhcp.flops import peak_flops, step_flops
 from lhcp.metrics import HELD_OUT, MetricsLogger, StepMetrics
 from lhcp.optim import learning_rate
 from lhcp.parallelize import on_any_rank
+from lhcp.profiler import StepProfiler
 from lhcp.stop import StopRequest
 from lhcp.trainer import Trainer
 
@@ -36,15 +38,30 @@ def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLog
         FloatingPointError: too many steps in a row were not finite.
     """
     config = trainer.config
-    total, every = config.total_steps, config.checkpoint.every
+    profile = config.profile if logger is not None else ProfileConfig()
+    with StepProfiler(profile, config.output_dir, trainer.device) as profiler:
+        return _all_steps(trainer, saver, request, logger, profiler, beat)
+
+
+def _all_steps(
+    trainer: Trainer,
+    saver: Saver,
+    request: StopRequest,
+    logger: MetricsLogger | None,
+    profiler: StepProfiler,
+    beat: Beat,
+) -> bool:
+    """See `run`."""
+    total, every = trainer.config.total_steps, trainer.config.checkpoint.every
     _evaluate_if_due(trainer, logger, beat)  # a kill may have come between this checkpoint and its evaluation
     while trainer.done < total:
         beat(f"in step {trainer.done + 1}")
         try:
-            _step(trainer, logger)
+            _step(trainer, logger, profiler)
         except FloatingPointError:
             beat(f"in the save after step {trainer.done}")
             _report(saver.collect(block=True), logger)  # the one being written is still good
+            _end_profile(trainer, profiler)
             raise
         stopping = on_any_rank(request.signal is not None, trainer.device)
         due = stopping or trainer.done == total or (every > 0 and trainer.done % every == 0)
@@ -56,18 +73,19 @@ def run(trainer: Trainer, saver: Saver, request: StopRequest, logger: MetricsLog
                 raise SaveError(f"the last {MAX_FAILURES} checkpoints could not be written: {saver.last_error}")
             saver.start(trainer.state(), trainer.manifest())
         if stopping:
-            _finish(trainer, saver, logger, beat)
+            _finish(trainer, saver, logger, profiler, beat)
             return False
         _evaluate_if_due(trainer, logger, beat)
-    _finish(trainer, saver, logger, beat)
+    _finish(trainer, saver, logger, profiler, beat)
     return True
 
 
-def _step(trainer: Trainer, logger: MetricsLogger | None) -> None:
+def _step(trainer: Trainer, logger: MetricsLogger | None, profiler: StepProfiler) -> None:
     config, step = trainer.config, trainer.done
-    started = time.perf_counter()
-    loss, norm = trainer.train_step()
-    step_s = time.perf_counter() - started
+    with profiler.step(step + 1):
+        started = time.perf_counter()
+        loss, norm = trainer.train_step()
+        step_s = time.perf_counter() - started
     if logger is None:
         return
     mode = config.stage_at(step).mode
@@ -115,13 +133,21 @@ def _report(saved: Saved | None, logger: MetricsLogger | None) -> None:
             logger.event("checkpoint", step=saved.step - 1, seconds=saved.seconds)
 
 
-def _finish(trainer: Trainer, saver: Saver, logger: MetricsLogger | None, beat: Beat) -> None:
-    """Wait for the last save."""
+def _finish(trainer: Trainer, saver: Saver, logger: MetricsLogger | None, profiler: StepProfiler, beat: Beat) -> None:
+    """Wait for the last save; meanwhile write the steps that are profiled, where the run ends among them."""
     beat(f"in the save after step {trainer.done}")
+    _end_profile(trainer, profiler)
     saved = saver.collect(block=True)
     _report(saved, logger)
     if saved is not None and saved.error:
         raise SaveError(f"the checkpoint after {saved.step} steps could not be written: {saved.error}")
+
+
+def _end_profile(trainer: Trainer, profiler: StepProfiler) -> None:
+    """Write what is recorded; the other ranks wait, since torchrun kills ranks that long outlive one (collective)."""
+    profiler.close()
+    if trainer.config.profile.range is not None:
+        on_any_rank(False, trainer.device)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.parallel.exchange == "ring_flash_attn" and config.parallel.cp > 1:
             load_package()
         config.parallel.check_exchange(config.model, config.activation_dtype, device.type)
+        config.profile.check_device(device.type)
     except ConfigError as error:
         if rank == 0:
             tell(error)

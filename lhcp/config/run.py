@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lhcp.config.lighthouse import LighthouseConfig
 from lhcp.config.model import ModelConfig
@@ -66,7 +67,7 @@ class MemoryConfig(Section):
 class ProfileConfig(Section):
     """What is recorded for the profiler, into `profile/` of the run folder, by rank 0."""
 
-    steps: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    steps: str | None = None
     """`FIRST:LAST`, counted from 1: a trace of these steps, and a table of the time by kernel. None: nothing."""
     memory: Annotated[bool, Field(strict=True)] = False
     """A snapshot of the GPU's memory too, every allocation of these steps with its stack."""
@@ -79,13 +80,28 @@ class ProfileConfig(Section):
         first, last = map(int, self.steps.split(":"))
         return first, last
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, given: object) -> object:
+        match = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})", str(given))
+        if given is not None and (match is None or not 1 <= int(match[1]) <= int(match[2])):
+            raise ValueError(f"given {given!r}, must be FIRST:LAST, counted from 1, such as 10:13")
+        return given
+
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.range is not None and not 1 <= self.range[0] <= self.range[1]:
-            raise ValueError(f"profile.steps {self.steps}: FIRST:LAST, counted from 1, such as 10:13")
+    def _check_memory(self) -> Self:
         if self.memory and self.steps is None:
-            raise ValueError("profile.memory needs profile.steps, FIRST:LAST, such as 10:13")
+            raise ValueError("memory needs steps, FIRST:LAST, such as 10:13")
         return self
+
+    def check_device(self, device: str) -> None:
+        """Refuse what cannot be recorded on a type of device, `auto` being any.
+
+        Raises:
+            ConfigError: saying what.
+        """
+        if self.memory and device == "cpu":
+            raise ConfigError("profile.memory records the memory of a GPU, and the run is on CPUs; set it to false")
 
 
 class CheckpointConfig(Section):
@@ -139,8 +155,9 @@ class RunConfig(Section):
     hang_timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 1_800.0
     """Seconds without progress after which a run is taken for hung: every rank writes its stacks and exits with 77.
     Must exceed the longest of: waiting for the last rank to start; reading the data and the checkpoint to compare
-    checksums; building or loading the model; a step, the first with its compilation; an evaluation in one mode; a save,
-    with the one before it if that is not written yet. Time in which processes are suspended counts."""
+    checksums; building or loading the model; a step, the first with its compilation, the last that is profiled with the
+    writing of its trace; an evaluation in one mode; a save, with the one before it if that is not written yet. Time in
+    which processes are suspended counts."""
     model: ModelConfig
     data: DataConfig
     stages: Annotated[list[StageConfig], Field(min_length=1)]
@@ -199,6 +216,13 @@ class RunConfig(Section):
                 "attention.check_finite waits for the GPU, which a compiled layer cannot; set compile: false"
             )
 
+    def _check_profile(self) -> None:
+        self.profile.check_device(self.device)
+        if self.profile.range is not None and self.profile.range[0] > self.total_steps:
+            raise ConfigError(
+                f"profile.steps {self.profile.steps}: the run ends with step {self.total_steps}; begin at most there"
+            )
+
     def stage_at(self, step: int) -> StageConfig:
         """The stage of optimizer step `step` (from 0)."""
         for stage in self.stages:
@@ -237,6 +261,7 @@ class RunConfig(Section):
         if outside:
             raise ConfigError(f"dense_layers {outside}: the model's layers are 0 to {self.model.num_layers - 1}")
         self._check_memory()
+        self._check_profile()
         if self.eval.sequences % parallel.dp:
             raise ConfigError(
                 f"eval.sequences {self.eval.sequences} is not a multiple of dp {parallel.dp}; nearest legal: "

@@ -272,12 +272,13 @@ def test_what_changes_no_meaning_is_told(data: Path, tmp_path: Path) -> None:
     write_manifest(tmp_path, make_config(data, 1, 1), 1)
     config = make_config(
         data, 2, 2, output_dir=tmp_path, optim={"lr": 1.0}, stages=[{"mode": "dense", "steps": 5}],
-        memory={"recompute": "full"}, attention=ATTENTION | {"max_cp": 4, "check_finite": True},
+        memory={"recompute": "full", "offload_layers": 1}, compile=False, profile={"steps": "2:3"},
+        attention=ATTENTION | {"max_cp": 4, "check_finite": True},
     )  # fmt: skip
     changes = check_meaning(Checkpoint.open(step_folder(tmp_path, 1)), config, data_entry(config), [])
     assert {key for key, _, _ in changes} == {
-        "output_dir", "optim.lr", "optim.warmup_steps", "stages", "memory.recompute", "attention.max_cp",
-        "attention.check_finite", "parallel.dp", "parallel.cp",
+        "output_dir", "optim.lr", "optim.warmup_steps", "stages", "memory.recompute", "memory.offload_layers",
+        "compile", "profile.steps", "attention.max_cp", "attention.check_finite", "parallel.dp", "parallel.cp",
     }  # fmt: skip
 
 

@@ -164,3 +164,9 @@ def test_train_starts_one_process_per_rank(
     resuming = ["--resume", "last", "--allow-change", "model", "--allow-change", "data"]
     CliRunner().invoke(cli.app, [*arguments, *resuming])
     assert calls[1:] == [(EXAMPLE, overrides, nproc, resuming)]
+
+    CliRunner().invoke(cli.app, [*arguments, "--profile.steps", "10:13"])
+    assert calls[2:] == [(EXAMPLE, [*overrides, "profile.steps=10:13"], nproc, [])]
+    refused = CliRunner().invoke(cli.app, [*arguments, "--profile.steps", "10:13", "--profile.memory"])
+    assert str(refused.exception).startswith("profile.memory records the memory of a GPU, and the run is on CPUs")
+    assert calls[3:] == []
