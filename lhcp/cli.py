@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ import typer
 
 import lhcp
 from lhcp import config_file
+from lhcp import plan as planning
 from lhcp.checks import check_files
 from lhcp.config import ConfigError
 from lhcp.config_file import CONFIG_FILE
@@ -105,6 +107,23 @@ def train(
     flags = [] if resume is None else ["--resume", resume]
     flags += [word for key in allowed for word in ("--allow-change", key)]
     raise typer.Exit(torchrun.run(config, overrides, nproc, flags))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
+    gpu: Annotated[planning.GpuName, typer.Option(help="Their kind.")],
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of one node.")] = 8,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes and seconds.")] = False,
+) -> None:
+    """Say what a run needs before it is paid for: memory, time, bytes, and the fastest settings that fit."""
+    found = planning.plan_run(config_file.load(config, overrides or ()), gpus, planning.GPUS[gpu], gpus_per_node)
+    if as_json:
+        print(json.dumps(planning.as_json(found), indent=2))
+    else:
+        print(planning.show(found), end="")
 
 
 @app.command()

@@ -21,7 +21,9 @@ ALLOWED: dict[str, set[str]] = {
     "slurm": set(),
     "config": set(),
     "presets": {"config"},
-    "plan": {"config"},
+    "flops": {"config"},
+    "volume": {"config"},
+    "plan": {"config", "flops", "volume"},
     "config_file": {"config", "presets", "checkpoint"},
     "hf": {"config", "checkpoint", "environment", "files", "data"},
     "environment": set(),
@@ -46,6 +48,8 @@ ENTRY_POINTS = {"train", "cli"}
 THIRD_PARTY: dict[str, set[str]] = {
     "config": {"pydantic", "pydantic_core"},
     "presets": {"pydantic"},
+    "flops": set(),
+    "volume": set(),
     "plan": {"pydantic"},
     "launch": {"pydantic", "submitit", "typer"},
 }
@@ -131,7 +135,8 @@ def test_import_rules_see(tmp_path: Path, name: str, source: str, found: bool) -
 
 
 @pytest.mark.parametrize(
-    "name", ["lhcp.config", "lhcp.config_file", "lhcp.cli", "lhcp.launch.torchrun", "lhcp.plot", "lhcp.status"]
+    "name",
+    ["lhcp.config", "lhcp.config_file", "lhcp.cli", "lhcp.launch.torchrun", "lhcp.plan", "lhcp.plot", "lhcp.status"],
 )
 def test_imports_no_torch(name: str) -> None:
     code = f"import sys, {name}; assert 'torch' not in sys.modules, 'torch is imported'"

@@ -1,0 +1,213 @@
+"""Memory of a training step on one GPU and its host, part by part, in bytes.
+
+The peak is what is always there, what layers keep for backward, and the most that one moment needs besides: the forward
+of a layer, the loss, or the backward of a layer. Names are those of `share.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from lhcp.config import StageMode
+from lhcp.plan.share import ITEMSIZE, Layer, Share
+
+Parts = dict[str, int]
+LOSS_ROWS = 8_192
+"""Tokens whose logits exist at a time."""
+INPUT = "input"
+ATTENDED = "attention output, log-sum-exp, selected rows"
+IN_TRANSIT = 2
+"""Inputs of offloaded layers that are on the GPU at a time, on their way."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one stage. All in bytes."""
+
+    always: Parts
+    """As long as a step takes."""
+    kept: Parts
+    """By layers, for backward, when the peak is reached."""
+    moment: str
+    """When the peak is reached."""
+    working: Parts
+    """What that moment needs besides."""
+    host: int
+    """Pinned host memory for one GPU."""
+
+    @property
+    def peak(self) -> int:
+        """Of the GPU's memory."""
+        return sum(self.always.values()) + sum(self.kept.values()) + sum(self.working.values())
+
+
+def memory_of(share: Share, layers: Sequence[Layer]) -> Memory:
+    """Of a stage with these layers."""
+    offloaded = sum(layer.offloaded for layer in layers)
+    row = share.tokens * share.width * ITEMSIZE
+    last = len(layers) - 1
+    found = []
+    before = 0
+    for i, layer in enumerate(layers):  # a moment in a layer comes with what the layers before it keep
+        name, live = _largest_moment(share, layer)
+        found.append((before + sum(live.values()), i, name))
+        before += sum(kept(share, layer).values())
+    in_loss = loss(share)
+    found.append((before + sum(in_loss.values()), last + 1, "loss"))
+    _, i, name = max(found)
+    return Memory(
+        always=always(share) | {"inputs on their way to or from the host": min(IN_TRANSIT, offloaded) * row},
+        kept=_sum(kept(share, layer) for layer in layers[:i]),
+        moment="the loss" if i > last else f"{name} of layer {i}",
+        working=in_loss if i > last else _largest_moment(share, layers[i])[1],
+        host=offloaded * row,
+    )
+
+
+@cache
+def always(share: Share) -> Parts:
+    """What is there throughout: FSDP2 over all R ranks, and copies of gathered parameters in the compute dtype.
+
+    The root (embedding, head, last norm) is gathered for the whole step, a layer's parameters while it runs, the next
+    layer's with them; so are their gradients, until they are summed over ranks.
+    """
+    own = share.parameters / share.ranks
+    gathered = ITEMSIZE * (share.root_parameters + 2 * share.block_parameters)
+    return {
+        "parameters, float32": int(4 * own),
+        "gradients, float32": int(4 * own),
+        "AdamW moments": int(8 * own),
+        "gathered parameters": gathered,
+        "their gradients": gathered,
+        "RoPE tables": 2 * share.tokens * share.head_dim // 2 * 4,
+    }
+
+
+@cache
+def kept(share: Share, layer: Layer) -> Parts:
+    """What a layer keeps on the GPU from forward to backward."""
+    if layer.recompute == "none":
+        whole = _saved_by_attention(share, layer.kind) | _saved_by_feed_forward(share)
+        return {"activations of layers that are not recomputed": sum(whole.values())}
+    row = share.tokens * share.width * ITEMSIZE
+    parts = {} if layer.offloaded else {"inputs of recomputed layers": row}
+    return parts | {ATTENDED: _kept_of_attention(share, layer)}
+
+
+def _kept_of_attention(share: Share, layer: Layer) -> int:
+    rows, selected = share.rows(layer.kind), 0
+    if layer.kind == "lighthouse":
+        selected = 4 * share.kv_heads * rows
+    if layer.recompute == "full":
+        return selected
+    return rows * share.q * ITEMSIZE + 4 * rows * share.heads + selected
+
+
+def _saved_by_attention(share: Share, kind: StageMode) -> Parts:
+    """What the attention half of a compiled layer needs in backward."""
+    n, rows = share.tokens, share.rows(kind)
+    parts = {
+        INPUT: n * share.width * ITEMSIZE,
+        "norm output": n * share.width * ITEMSIZE,
+        "q, k, v": rows * (share.q + share.kv) * ITEMSIZE,
+        "log-sum-exp": 4 * rows * share.heads,
+        "attention output": n * share.q * ITEMSIZE,
+    }
+    if kind == "lighthouse":
+        parts |= {
+            "attention output of the rows": rows * share.q * ITEMSIZE,
+            "selected rows": 4 * share.kv_heads * rows,
+            "inverse map": 4 * share.kv_heads * _pyramid(share),
+        }
+    return parts
+
+
+def _saved_by_feed_forward(share: Share) -> Parts:
+    n = share.tokens
+    return {
+        "input of the feed-forward": n * share.width * ITEMSIZE,
+        "its norm output": n * share.width * ITEMSIZE,
+        "gate and up": 2 * n * share.ffn * ITEMSIZE,
+        "silu(gate) x up": n * share.ffn * ITEMSIZE,
+    }
+
+
+def _pyramid(share: Share) -> int:
+    """Entries of all levels over this rank's tokens: n (1 + 1/p + ... + 1/p^(L-1))."""
+    assert share.attention is not None
+    return sum(share.tokens // share.attention.pooling_factor**level for level in range(share.attention.num_levels))
+
+
+@cache
+def _largest_moment(share: Share, layer: Layer) -> tuple[str, Parts]:
+    """Of one layer: when it needs most, and everything of it that is there then, what it keeps included."""
+    return max(moments(share, layer).items(), key=lambda item: sum(item[1].values()))
+
+
+def moments(share: Share, layer: Layer) -> dict[str, Parts]:
+    """Everything of a layer that is there at once, by moment.
+
+    Backward begins with the layer's forward again where it is recomputed; so, recomputed or not, it has what the halves
+    of the layer need, first for the feed-forward, then for attention, whose half is then all that is left.
+    """
+    attention, feed_forward = _saved_by_attention(share, layer.kind), _saved_by_feed_forward(share)
+    n, rows, kind = share.tokens, share.rows(layer.kind), layer.kind
+    out = n * share.width * ITEMSIZE
+    forward = feed_forward | {INPUT: out, "output": out, ATTENDED: _kept_of_attention(share, layer)}
+    if layer.recompute == "none":
+        forward = feed_forward | attention | {"output": out}
+    in_feed_forward = {
+        "gradient of the output": out,
+        "gradient of gate and up": 2 * n * share.ffn * ITEMSIZE,
+        "gradient of silu(gate) x up": n * share.ffn * ITEMSIZE,
+    }
+    in_attention = {
+        "gradient of the output": out,
+        "gradient of the attention output": n * share.q * ITEMSIZE,
+        "gradients of q, k, v": n * (share.q + share.kv) * ITEMSIZE,
+        "float32 sum of the gradient of q": 4 * rows * share.q,  # cuDNN's; seen in the peak of benchmarks.latency
+        "buffers of the exchange": exchange_buffers(share, kind),
+    }
+    if kind == "lighthouse":
+        in_attention["gradients of the gathered q, k, v and output"] = rows * (2 * share.q + share.kv) * ITEMSIZE
+    return {
+        "forward": forward,
+        "feed-forward backward": attention | feed_forward | in_feed_forward,
+        "attention backward": attention | in_attention,
+    }
+
+
+def exchange_buffers(share: Share, kind: StageMode) -> int:
+    """Of one attention, in backward, where there are more (docs/context-parallel.md)."""
+    if share.cp == 1:
+        return 0
+    kv = share.rows(kind) * share.kv
+    if share.exchange == "allgather":
+        return share.cp * kv * (ITEMSIZE + 3 * 4)
+    if share.exchange == "ulysses":
+        return share.rows(kind) * (2 * share.q + share.kv) * ITEMSIZE
+    return kv * (2 * ITEMSIZE + 4 * 4)
+
+
+@cache
+def loss(share: Share) -> Parts:
+    """Of the chunked loss, which computes its gradients in forward."""
+    rows = min(LOSS_ROWS, share.tokens)
+    logits, head = rows * share.vocabulary * ITEMSIZE, 4 * share.vocabulary * share.width
+    row = share.tokens * share.width * ITEMSIZE
+    return {
+        "last hidden states, before and after the norm": 2 * row,
+        "their gradient": row,
+        "logits of a chunk and a temporary": 2 * logits,
+        "gradient of the head, float32, and a chunk's": 2 * head,
+    }
+
+
+def _sum(parts: Iterable[Parts]) -> Parts:
+    total: Parts = {}
+    for one in parts:
+        for name, size in one.items():
+            total[name] = total.get(name, 0) + size
+    return total
