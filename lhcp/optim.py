@@ -20,6 +20,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        fused=matrices[0].is_cuda,  # one pass over each tensor
     )
 
 

@@ -1,10 +1,12 @@
-"""Parallelism around a model that knows nothing of it: the mesh, sharded parameters, sums over ranks."""
+"""What is done to a model that knows nothing of it: layers recomputed, compiled, offloaded; parameters sharded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +14,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lhcp.attention.tape import checkpoint_contexts
-from lhcp.config import ParallelConfig, RecomputeMode
+from lhcp.config import ParallelConfig, RecomputeMode, RunConfig
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Block, Llama
+from lhcp.offload import Forward, InputOffload
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -49,18 +53,48 @@ class Mesh:
         return cls(cp, mesh.get_local_rank("dp"), config.dp, ranks)
 
 
-def recompute(model: Llama, mode: RecomputeMode) -> None:
-    """Activation checkpointing, in place: drop activations in forward and compute them again in backward.
+def prepare_layers(model: Llama, config: RunConfig, device: torch.device) -> None:
+    """Recomputation, compilation and offload of a model's layers, and compilation of its loss, in place.
 
-    A layer that is recomputed attends with the entries that its forward pass selected.
+    All of it lies inside the layers' `forward`, within the hooks that `shard_model` adds.
     """
-    for block in model.blocks:
+    memory = config.memory
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    compiled = compiled and not config.attention.check_finite
+    offload = InputOffload(memory.offload_layers, device) if memory.offload_layers else None
+    kept = _compiled(Block.forward) if compiled else Block.forward
+    again = _recomputed(memory.recompute)
+    again = _compiled(again) if compiled else again
+    for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        if mode == "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=checkpoint_contexts)  # type: ignore[method-assign]
-        elif mode == "selective":
-            half = block.feed_forward
-            half.forward = partial(checkpoint, half.forward, use_reentrant=False)  # type: ignore[method-assign]
+        # One function for all layers, which is compiled once: a block is an argument.
+        forward: Forward = partial(again if layer < config.recomputed_layers else kept, block)
+        if offload is not None and layer <= memory.offload_layers:
+            forward = offload.around(layer, forward)
+        block.forward = forward  # type: ignore[method-assign]
+    if compiled:
+        model.loss_and_gradient = _compiled(model.loss_and_gradient)
+
+
+def _compiled(function: Function) -> Function:
+    return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
+
+
+def _recomputed(mode: RecomputeMode) -> Forward:
+    """`Block.forward` that keeps its input and, of what it computes, what it selected and, if `selective`, attended."""
+    kept = {torch.ops.lhcp.select.default} | ({torch.ops.lhcp.attend.default} if mode == "selective" else set())
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        # The scorer `dilated` attends, too, but without gradients: backward does not ask for that.
+        needed = op in kept and (torch.is_grad_enabled() or op is torch.ops.lhcp.select.default)
+        return CheckpointPolicy.MUST_SAVE if needed else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def forward(block: Block, *args: Any) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        out: Tensor = checkpoint(Block.forward, block, *args, use_reentrant=False, context_fn=contexts)
+        return out
+
+    return forward
 
 
 def shard_model(model: Llama, mesh: Mesh, compute_dtype: torch.dtype) -> None:

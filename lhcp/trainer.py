@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.attention.layers import LayerAttention
+from lhcp.attention.layers import AttentionFunction, layer_attentions
 from lhcp.checkpoint.manifest import Checkpoint, Manifest
 from lhcp.checkpoint.state import create_moments, load, state_tensors
 from lhcp.checks import data_entry
-from lhcp.config import EvalMode, RunConfig, StageMode
+from lhcp.config import EvalMode, RunConfig
 from lhcp.data import IGNORE, BatchLoader, TokenDataset
 from lhcp.environment import now, versions
 from lhcp.eval.held_out import held_out_loss, no_attention
-from lhcp.model.llama import AttentionFunction, Llama
+from lhcp.model.llama import Llama
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
-from lhcp.parallelize import Mesh, full, recompute, shard_model, sum_over_ranks
+from lhcp.parallelize import Mesh, full, prepare_layers, shard_model, sum_over_ranks
 
 
 class Trainer:
@@ -55,7 +57,7 @@ class Trainer:
         self.model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
         if checkpoint is None and config.model.init_from is None:
             self.model.init_weights(config.seed)
-        recompute(self.model, config.memory.recompute)
+        prepare_layers(self.model, config, device)
         shard_model(self.model, mesh, getattr(torch, config.activation_dtype))
         self.optimizer = make_optimizer(self.model, config.optim)
         create_moments(self.optimizer)
@@ -71,13 +73,16 @@ class Trainer:
         self.done, self.optimizer_steps = manifest.step, manifest.optimizer_steps
         self.skipped_in_a_row = manifest.skipped_in_a_row
 
-    def attention(self, mode: StageMode) -> LayerAttention:
-        """What the model's layers run in a stage of this mode."""
-        lighthouse = self.config.attention if mode == "lighthouse" else None
-        valid_len = self.config.seq_len if self.config.padded_len > self.config.seq_len else None
-        return LayerAttention(self.mesh.context_parallel, lighthouse, frozenset(self.config.dense_layers), valid_len)
+    def attention(self, mode: EvalMode) -> list[AttentionFunction]:
+        """What each of the model's layers runs in a stage, or an evaluation, of this mode."""
+        config, layers = self.config, self.config.model.num_layers
+        if mode == "no_attention":
+            return [no_attention] * layers
+        lighthouse = config.attention if mode == "lighthouse" else None
+        valid_len = config.seq_len if config.padded_len > config.seq_len else None
+        return layer_attentions(layers, self.mesh.context_parallel, lighthouse, config.dense_layers, valid_len)
 
-    def gradients(self, step: int, attention: AttentionFunction) -> Tensor:
+    def gradients(self, step: int, attention: Sequence[AttentionFunction]) -> Tensor:
         """Leave the gradients of `step`'s global mean loss in the parameters; return that loss, on every rank."""
         batches = [
             (torch.from_numpy(tokens).to(self.device), torch.from_numpy(labels).to(self.device))
@@ -120,9 +125,8 @@ class Trainer:
 
     def held_out(self, mode: EvalMode) -> float:
         """Held-out loss, nats per token."""
-        attention = no_attention if mode == "no_attention" else self.attention(mode)
         dataset = TokenDataset(self.config.data.path, "held_out")
-        return held_out_loss(self.model, dataset, self.config, attention, self.mesh)
+        return held_out_loss(self.model, dataset, self.config, self.attention(mode), self.mesh)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds as tensors."""

@@ -25,7 +25,7 @@ from kernel_cases import (  # noqa: F401 (fixtures)
     with_grads,
 )
 from lhcp.attention import LighthouseConfig, Selection, lighthouse, lighthouse_attention, select, select_from_scores
-from lhcp.attention.layers import LayerAttention
+from lhcp.attention.layers import layer_attentions
 from lhcp.config import ModelConfig
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.exchange import merge
@@ -106,7 +106,7 @@ def test_ops_are_registered_as_torch_expects() -> None:
     samples: list[tuple[Any, tuple[Any, ...]]] = [
         (torch.ops.lhcp.pool, (q, k, v, *numbers, True)),
         (torch.ops.lhcp.score, (q, case.groups, *numbers)),
-        (torch.ops.lhcp.select, (*case.bits(), case.tokens, *numbers, case.strata, case.budget, True)),
+        (torch.ops.lhcp.select, (*case.bits(), case.tokens, *numbers, case.strata, case.budget, True, True)),
         (torch.ops.lhcp.gather, (*qkv, *pooled, rows, inverse, *numbers)),
         (torch.ops.lhcp.gather_backward, (sub.detach(), small, small, inverse, case.tokens, *numbers)),
         (torch.ops.lhcp.scatter_back, (sub, rows, inverse, halo, case.tokens, *numbers, 2)),
@@ -122,9 +122,9 @@ def test_a_block_compiles_whole() -> None:
     """No graph break in a transformer block; output and gradients are those of the eager block."""
     torch.manual_seed(0)
     model = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=256)
-    block = Block(model, layer=1).to(DEVICE)
+    block = Block(model).to(DEVICE)
     config = LighthouseConfig(num_levels=3, pooling_factor=2, topk=8, num_strata=2)
-    attention = LayerAttention(ContextParallel(), config)
+    (attention,) = layer_attentions(1, ContextParallel(), config)
     x = torch.randn(2, 64, 32, device=DEVICE)
     cos, sin = rope_tables(torch.arange(64, device=DEVICE), 8, 10_000.0, torch.float32, None)
     weights = list(block.parameters())

@@ -137,45 +137,11 @@ def score(x_BNHD: Tensor, num_kv_heads: int, shape: PyramidShape) -> Tensor:
 # --- select ---
 
 
-@_op("select")
-def _select(
-    query_bits: Tensor,
-    key_bits: Tensor,
-    tokens: int,
-    num_levels: int,
-    pooling_factor: int,
-    strata: int,
-    budget: int,
-    cover: bool,
-) -> Tensor:
-    shape = PyramidShape(tokens, num_levels, pooling_factor)
-    return select_kernels.select(query_bits.contiguous(), key_bits.contiguous(), shape, strata, budget, cover)
-
-
-@_fake("select")
-def _(
-    query_bits: Tensor,
-    key_bits: Tensor,
-    tokens: int,
-    num_levels: int,
-    pooling_factor: int,
-    strata: int,
-    budget: int,
-    cover: bool,
-) -> Tensor:
-    coarsest = PyramidShape(tokens, num_levels, pooling_factor).sizes[-1]
-    slots = coarsest + (num_levels - 1) * pooling_factor * budget * strata
-    return query_bits.new_empty(*query_bits.shape[:2], slots)
-
-
 def select(
     query_bits_BGE: Tensor, key_bits_BGE: Tensor, shape: PyramidShape, strata: int, budget: int, cover: bool
 ) -> Tensor:
-    """See `reference.select`."""
-    out: Tensor = torch.ops.lhcp.select(
-        query_bits_BGE, key_bits_BGE, shape.length, shape.num_levels, shape.pooling_factor, strata, budget, cover
-    )
-    return out
+    """See `reference.select`; an op by `select_op`."""
+    return select_kernels.select(query_bits_BGE.contiguous(), key_bits_BGE.contiguous(), shape, strata, budget, cover)
 
 
 # --- gather ---

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from functools import partial
 
 from torch import Tensor
 
@@ -10,21 +11,30 @@ from lhcp.attention.lighthouse import lighthouse_attention
 from lhcp.config import LighthouseConfig
 from lhcp.distributed import ContextParallel
 
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q [B, N, H, D], k [B, N, G, D], v [B, N, G, D] -> [B, N, H, D]."""
 
-@dataclass(frozen=True)
-class LayerAttention:
-    """Lighthouse attention, except in `dense_layers`; dense everywhere without a configuration."""
 
-    context_parallel: ContextParallel
-    lighthouse: LighthouseConfig | None
-    dense_layers: frozenset[int] = frozenset()
-    valid_len: int | None = None
-    """Tokens of a sequence before its padding; None: it has none. Dense attention is causal, and need not know."""
+def layer_attentions(
+    num_layers: int,
+    cp: ContextParallel,
+    lighthouse: LighthouseConfig | None,
+    dense_layers: Collection[int] = (),
+    valid_len: int | None = None,
+) -> list[AttentionFunction]:
+    """Lighthouse attention for every layer, but dense for `dense_layers`; dense for all without a configuration.
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of `layer` over this rank's shards; shapes as in `ContextParallel.attend`."""
-        if self.lighthouse is None or layer in self.dense_layers:
-            return self.context_parallel.attend(q, k, v)
-        return lighthouse_attention(
-            q, k, v, self.lighthouse, context_parallel=self.context_parallel, valid_len=self.valid_len
-        )
+    Args:
+        num_layers: how many.
+        cp: the ranks that share the sequences.
+        lighthouse: resolved.
+        dense_layers: by number.
+        valid_len: tokens of a sequence before its padding; None: it has none. Dense attention is causal, and need not
+            know.
+    """
+    dense = cp.attend
+    if lighthouse is None:
+        return [dense] * num_layers
+    # One object for all layers: a layer is compiled anew for another.
+    sparse = partial(lighthouse_attention, cfg=lighthouse, context_parallel=cp, valid_len=valid_len)
+    return [dense if layer in dense_layers else sparse for layer in range(num_layers)]

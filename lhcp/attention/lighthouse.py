@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from lhcp.attention.selection import Selection, select, select_from_bits
-from lhcp.attention.tape import record, recorded
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel, check_shapes
 from lhcp.kernels.lighthouse import PyramidShape, kernels_for, reference
@@ -50,23 +49,22 @@ def lighthouse_attention(
     if valid_len is not None:  # a row of zeros scores lowest
         q, k, v = (cp.without_padding(x, valid_len) for x in (q, k, v))
     kernels = kernels_for(q)
-    sel = recorded() if selection is None else selection
-    if sel is None:
+    if selection is None:
         cfg = cfg.resolve(seq_len, cp.layout.num_chunks)
     else:
-        _check(sel, q, k, cfg, cp)
+        _check(selection, q, k, cfg, cp)
     shape = PyramidShape(q.shape[1], cfg.num_levels, cfg.pooling_factor)
 
     # 1-2. Pool, and score in the same pass over q and k.
-    pooled, bits = kernels.pool(q, k, v, shape, scores=sel is None and cfg.scorer == "norm")
+    pooled, bits = kernels.pool(q, k, v, shape, scores=selection is None and cfg.scorer == "norm")
 
-    # 3-4. Select, in order of (end, level); a recomputed forward pass takes what the first one selected.
-    if sel is None:
+    # 3-4. Select, in order of (end, level).
+    if selection is None:
         if bits is None:
-            sel = record(select(q, k, cfg, v=v, context_parallel=cp, valid_len=valid_len))
+            selection = select(q, k, cfg, v=v, context_parallel=cp, valid_len=valid_len)
         else:
-            sel = record(select_from_bits(bits, cfg, seq_len, cp, kernels))
-    rows, inverse = sel.index()
+            selection = select_from_bits(bits, cfg, seq_len, cp, kernels)
+    rows, inverse = selection.index()
 
     # 5. Gather the entries of every pyramid and attend.
     out_sub = cp.attend(*kernels.gather((q, k, v), pooled, rows, inverse, shape))

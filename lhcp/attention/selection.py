@@ -16,6 +16,7 @@ from lhcp.attention.scoring import dilated_rows
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel, check_shapes
 from lhcp.kernels.lighthouse import Bits, Kernels, PyramidShape, kernels_for, reference
+from lhcp.kernels.lighthouse.select_op import select_rows
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ def select_from_bits(
     bits: Bits, cfg: LighthouseConfig, seq_len: int, cp: ContextParallel, kernels: Kernels
 ) -> Selection:
     """The selection of given score bits (see `reference.score_bits`), for a resolved `cfg`; see `select`."""
-    query_bits, key_bits = bits
     if cfg.check_finite:
+        query_bits, key_bits = bits
         infinity = torch.tensor(torch.inf, dtype=torch.float64 if query_bits.dtype == torch.int64 else torch.float32)
         largest = torch.stack([query_bits.max(), key_bits.max()]).max()
         if int(largest) >= int(infinity.view(query_bits.dtype)):
@@ -184,7 +185,7 @@ def select_from_bits(
     cover = cfg.cover_prefix and 0 in cp.chunks  # the first stratum of all is then the first held
     strata = cfg.num_strata
     assert strata is not None
-    rows = kernels.select(query_bits, key_bits, shape, strata // cp.size, cfg.topk // strata, cover)
+    rows = select_rows(kernels, bits, shape, strata // cp.size, cfg.topk // strata, cover)
     return Selection(rows, cfg, seq_len, cp.chunks, cp.layout.num_chunks)
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, held_out_batches
-from lhcp.model.llama import AttentionFunction, Llama
+from lhcp.model.llama import Llama
 from lhcp.parallelize import Mesh, sum_over_ranks
 
 
-def no_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
+def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
     """Every attention output zero: what a model does without its context, for comparison."""
     return torch.zeros_like(q)
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: Llama, dataset: TokenDataset, config: RunConfig, attention: AttentionFunction, mesh: Mesh
+    model: Llama, dataset: TokenDataset, config: RunConfig, attention: Sequence[AttentionFunction], mesh: Mesh
 ) -> float:
     """Mean loss in nats per token over the first `eval.sequences` held-out sequences of a run (collective).
 

@@ -1,32 +1,29 @@
 """A Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU (Touvron et al., arXiv:2302.13971).
 
-Which attention a layer runs is the caller's: `forward` takes it as a function. Shape suffixes: B batch, N tokens
+Which attention each layer runs is the caller's: `forward` takes a function for each. Shape suffixes: B batch, N tokens
 held here, E model width, H query heads, G KV heads, D head width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lhcp.attention.layers import AttentionFunction
 from lhcp.config import ModelConfig
-from lhcp.loss import linear_cross_entropy
+from lhcp.loss import linear_cross_entropy, loss_and_gradient
 from lhcp.model.rope import apply_rope, rope_tables
-
-AttentionFunction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [B, N, H, D], k [B, N, G, D], v [B, N, G, D]) -> [B, N, H, D]."""
 
 
 class Attention(nn.Module):
     """Projections and RoPE around an attention function."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
@@ -35,7 +32,7 @@ class Attention(nn.Module):
     def forward(self, x_BNE: Tensor, cos: Tensor, sin: Tensor, attention: AttentionFunction) -> Tensor:
         """[B, N, E] -> [B, N, E]."""
         q, k, v = self.qkv(x_BNE).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        out_BNHD = attention(self.layer, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        out_BNHD = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         out: Tensor = self.out(out_BNHD.flatten(2))
         return out
 
@@ -58,10 +55,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
@@ -79,32 +76,33 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
+        self.loss_and_gradient = loss_and_gradient
 
     def forward(
-        self, tokens_BN: Tensor, labels_BN: Tensor, positions_N: Tensor, attention: AttentionFunction
+        self, tokens_BN: Tensor, labels_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction]
     ) -> Tensor:
         """Sum of the cross-entropies in nats, a scalar; labels are int64, `loss.IGNORE` where none counts."""
         hidden_BNE = self.hidden(tokens_BN, positions_N, attention)
-        return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN)
+        return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, self.loss_and_gradient)
 
-    def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: AttentionFunction) -> Tensor:
+    def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction]) -> Tensor:
         """Normalised final hidden states, [B, N, E].
 
         Args:
             tokens_BN: int64.
             positions_N: int64, the tokens' positions in the whole sequence.
-            attention: what each layer runs.
+            attention: what each layer runs, in order.
         """
         config = self.config
         x_BNE = self.embedding(tokens_BN)
         cos, sin = rope_tables(positions_N, config.head_dim, config.rope_theta, x_BNE.dtype, config.rope_scaling)
-        for block in self.blocks:
-            x_BNE = block(x_BNE, cos, sin, attention)
+        for block, function in zip(self.blocks, attention, strict=True):
+            x_BNE = block(x_BNE, cos, sin, function)
         out: Tensor = self.norm(x_BNE)
         return out
 

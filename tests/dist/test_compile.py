@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lhcp.attention import LighthouseConfig
-from lhcp.attention.layers import LayerAttention
+from lhcp.attention.layers import layer_attentions
 from lhcp.config import ExchangeName, ModelConfig
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Block
@@ -36,8 +36,8 @@ def test_a_compiled_block_is_the_eager_one_on_two_ranks(
     def rank_main(rank: int) -> list[float]:
         cp = ContextParallel(dist.group.WORLD, exchange=exchange)
         torch.manual_seed(0)
-        block = Block(MODEL, layer=1)
-        attention = LayerAttention(cp, config)
+        block = Block(MODEL)
+        (attention,) = layer_attentions(1, cp, config)
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
 
         def run(function: Any, length: int) -> list[Tensor]:

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
-from lhcp.attention import layers, lighthouse_attention, select_from_scores
-from lhcp.attention.tape import SelectionTape, checkpoint_contexts
+from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
 from lhcp.kernels.lighthouse import reference
 from lhcp.model import llama
@@ -76,7 +74,7 @@ def test_recomputation_changes_nothing_and_selects_once(data: Path, dp: int, cp:
 def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
     """Losses of a few steps, the dtypes of the weights, of the rows that attention receives, and of RoPE's tables."""
     trainer, seen, tables = make_trainer(config), set(), set()
-    original, rope = layers.LayerAttention.__call__, llama.apply_rope
+    rope, attentions = llama.apply_rope, trainer.attention
 
     def watching_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tables.update((cos.dtype, sin.dtype))
@@ -84,11 +82,14 @@ def bf16_run(config: RunConfig, rank: int) -> tuple[list[float], set[torch.dtype
 
     llama.apply_rope = watching_rope
 
-    def watching(self: layers.LayerAttention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.update((q.dtype, k.dtype, v.dtype))
-        return original(self, layer, q, k, v)
+    def watched(function: AttentionFunction) -> AttentionFunction:
+        def watching(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            seen.update((q.dtype, k.dtype, v.dtype))
+            return function(q, k, v)
 
-    layers.LayerAttention.__call__ = watching
+        return watching
+
+    trainer.attention = lambda mode: [watched(function) for function in attentions(mode)]
     losses = [trainer.train_step()[0] for step in range(6)]
     return losses, {p.dtype for p in trainer.model.parameters()}, seen, tables
 
@@ -102,27 +103,3 @@ def test_bfloat16_compute_keeps_float32_weights(data: Path) -> None:
     assert mixed[1:] == ({torch.float32}, {torch.bfloat16}, {torch.float32})
     assert mixed[0] == pytest.approx(plain[0], rel=5e-3)
     assert mixed[0] != plain[0]
-
-
-def test_a_tape_replays_in_order() -> None:
-    config = make_config(Path("unused"), 1, 1).attention
-    made = [select_from_scores(torch.rand(1, 2, 360), torch.rand(1, 2, 360), config) for _ in range(2)]
-    tape = SelectionTape()
-    for selection in made:
-        assert tape.next() is None
-        tape.record(selection)
-    for _ in range(2):
-        tape.rewind()
-        assert [tape.next() for _ in made] == made
-
-
-def test_a_kept_graph_can_be_recomputed_twice() -> None:
-    config = make_config(Path("unused"), 1, 1).attention
-    qkv = [torch.randn(1, 360, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    whole = lighthouse_attention(*qkv, config).square().sum()
-    function = partial(lighthouse_attention, cfg=config)
-    again = checkpoint(function, *qkv, use_reentrant=False, context_fn=checkpoint_contexts).square().sum()
-    expected = torch.autograd.grad(whole, qkv)
-    for _ in range(2):
-        found = torch.autograd.grad(again, qkv, retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from forked_runs import ForkedRun, run_to_end
 from lhcp import config_file
-from lhcp.attention.layers import LayerAttention
 from lhcp.checkpoint import storage
 from lhcp.checkpoint.folder import published, step_folder
 from lhcp.checkpoint.manifest import Checkpoint
@@ -106,7 +105,7 @@ def test_the_stage_switch_keeps_the_optimizer_and_the_data_order(whole: RunConfi
 
     def gradients(rank: int) -> tuple[State, list[np.ndarray]]:
         trainer = make_trainer(whole, Checkpoint.open(step_folder(whole.output_dir, SWITCH)))
-        assert isinstance(trainer.attention("dense"), LayerAttention)
+        assert set(trainer.attention("dense")) == {trainer.mesh.context_parallel.attend}
         trainer.gradients(SWITCH, trainer.attention("dense"))
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), whole.optim.grad_clip)
         batches = [tokens for tokens, _ in trainer.loader.micro_batches(SWITCH)]

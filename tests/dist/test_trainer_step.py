@@ -14,10 +14,11 @@ from torch import Tensor
 
 import oracle
 from lhcp.attention import select
+from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
 from lhcp.eval.held_out import no_attention
-from lhcp.model.llama import AttentionFunction, Llama
+from lhcp.model.llama import Llama
 from lhcp.parallelize import full
 from lhcp.presets import MODEL_PRESETS
 from ranks import run_ranks
@@ -150,7 +151,7 @@ def test_initial_weights() -> None:
 
 def test_no_attention_is_zero() -> None:
     q = torch.randn(1, 3, 2, 4)
-    assert not no_attention(0, q, q, q).any()
+    assert not no_attention(q, q, q).any()
 
 
 def poisoned(config: RunConfig, steps: set[int], rank: int) -> list[tuple[float, float, int, bool]]:
@@ -158,7 +159,7 @@ def poisoned(config: RunConfig, steps: set[int], rank: int) -> list[tuple[float,
     trainer = make_trainer(config)
     honest = trainer.gradients
 
-    def gradients(step: int, attention: AttentionFunction) -> Tensor:
+    def gradients(step: int, attention: list[AttentionFunction]) -> Tensor:
         loss = honest(step, attention)
         if step in steps and rank == 1:
             trainer.model.norm.weight.grad.to_local()[0] = torch.nan

@@ -21,7 +21,7 @@ from lhcp.presets import MODEL_PRESETS
 SMALL = ModelConfig(vocab_size=61, dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40)
 
 
-def dense(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ContextParallel().attend(q, k, v)
 
 
@@ -107,7 +107,7 @@ def test_a_tied_output_is_the_embedding() -> None:
         untied.output.weight.copy_(untied.embedding.weight)
     tokens, labels = torch.randint(0, 61, (2, 1, 20))
     for model in (tied, untied):
-        model(tokens, labels, torch.arange(20), dense).backward()
+        model(tokens, labels, torch.arange(20), [dense] * SMALL.num_layers).backward()
     assert untied.embedding.weight.grad is not None
     assert untied.output.weight.grad is not None
     both = untied.embedding.weight.grad + untied.output.weight.grad
@@ -118,11 +118,11 @@ def test_no_output_depends_on_a_later_token() -> None:
     model = Llama(SMALL).double()
     model.init_weights(0)
     tokens = torch.randint(0, 61, (1, 20))
-    hidden = model.hidden(tokens, torch.arange(20), dense)
+    hidden = model.hidden(tokens, torch.arange(20), [dense] * SMALL.num_layers)
     for t in range(19):
         changed = tokens.clone()
         changed[:, t + 1 :] = (changed[:, t + 1 :] + 1) % 61
-        again = model.hidden(changed, torch.arange(20), dense)
+        again = model.hidden(changed, torch.arange(20), [dense] * SMALL.num_layers)
         torch.testing.assert_close(again[:, : t + 1], hidden[:, : t + 1], rtol=1e-12, atol=1e-14)
         assert not torch.allclose(again[:, t + 1 :], hidden[:, t + 1 :])
 
