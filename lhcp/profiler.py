@@ -82,7 +82,7 @@ class StepProfiler:
         if self._memory:
             memory._record_memory_history(stacks="python")
         gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
-        started = profile(activities=[ProfilerActivity.CPU, *gpu])
+        started = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)  # else some versions of torch warn
         started.start()
         return started
 
