@@ -20,8 +20,8 @@ TEXT_SUFFIXES = (
 # fmt: on
 """Files that are one document each."""
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-"""Files that are one document a line."""
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
+"""Files that are one document a line; C4 and others name theirs .json.gz."""
 
 
 def find_files(inputs: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:

@@ -39,7 +39,7 @@ def prepare(
     beside it).
 
     Args:
-        inputs: text files (one document each), `.jsonl` or `.jsonl.gz` files (one document a line), or
+        inputs: text files (one document each), `.jsonl`, `.jsonl.gz` or `.json.gz` files (one document a line), or
             folders that are searched for them (see `documents.find_files`).
         out: the folder to write; must be missing or empty, unless `overwrite`.
         held_out: expected share of documents in the held-out split, in [0, 1); 0: no held-out split.

@@ -66,6 +66,16 @@ class TestTokenizer:
 
 
 class TestReading:
+    def test_a_folder_of_c4(self, tmp_path: Path) -> None:
+        for number in range(2):
+            with gzip.open(tmp_path / f"c4-train.0000{number}-of-01024.json.gz", "wt") as file:
+                for line in range(3):
+                    record = {"text": f"{number} {line}", "timestamp": "2019-04-25T12:57:54Z", "url": "https://x"}
+                    print(json.dumps(record), file=file)
+        index = prepare([tmp_path], tmp_path / "out", held_out=0)
+        assert (index.sources.files, index.sources.documents) == (2, 6)
+        assert index.splits["train"].tokens == 6 * 4  # three bytes and the end
+
     def test_files_folders_and_jsonl(self, tmp_path: Path) -> None:
         folder = tmp_path / "in"
         (folder / "b").mkdir(parents=True)
@@ -111,7 +121,7 @@ class TestReading:
             ('{"text": 5}', r"a\.jsonl:3: the value of 'text' is a int, not a string"),
         ],
     )
-    @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+    @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz"])
     def test_bad_line(self, tmp_path: Path, suffix: str, line: str, message: str) -> None:
         path = tmp_path / f"a{suffix}"
         content = ('{"text": "fine"}\n\n' + line + "\n").encode("latin-1")
@@ -133,14 +143,16 @@ class TestReading:
     def test_nothing_to_read(self, tmp_path: Path) -> None:
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "a.png").touch()
-        message = r"no input file found in .*/in; looked for names ending in \.jsonl \.jsonl\.gz \.txt \.md"
+        message = r"no input file found in .*/in; looked for names ending in \.jsonl \.jsonl\.gz \.json\.gz \.txt \.md"
         with pytest.raises(ConfigError, match=message):
             prepare([tmp_path / "in"], tmp_path / "out")
         with pytest.raises(ConfigError, match="no input file found in no input at all; looked for"):
             prepare([], tmp_path / "out")
         with pytest.raises(ConfigError, match=r"input .*/absent does not exist"):
             prepare([tmp_path / "absent"], tmp_path / "out")
-        with pytest.raises(ConfigError, match=r"a\.png is of a kind that is not read; known: \.jsonl \.jsonl\.gz"):
+        with pytest.raises(
+            ConfigError, match=r"a\.png is of a kind that is not read; known: \.jsonl \.jsonl\.gz \.json\.gz"
+        ):
             prepare([tmp_path / "in" / "a.png"], tmp_path / "out")
         with pytest.raises(ConfigError, match=r"suffixes \['txt'\] do not begin with a dot; a valid one is"):
             prepare([tmp_path / "in"], tmp_path / "out", suffixes=["txt"])
