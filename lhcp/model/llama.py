@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from lhcp.attention.layers import AttentionFunction
 from lhcp.config import ModelConfig
@@ -88,7 +89,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies in nats, a scalar; labels are int64, `loss.IGNORE` where none counts."""
         hidden_BNE = self.hidden(tokens_BN, positions_N, attention)
-        return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, self.loss_and_gradient)
+        with record_function("loss"):  # its name in a profile
+            return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, self.loss_and_gradient)
 
     def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction]) -> Tensor:
         """Normalised final hidden states, [B, N, E].
