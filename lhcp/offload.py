@@ -40,8 +40,16 @@ class InputOffload:
             else:
                 self._send(layer, x)
                 away = _Away(layer)
-                with saved_tensors_hooks(lambda saved: away if _same(saved, x) else saved, self._unpack):
+
+                def pack(saved: Tensor) -> Tensor | _Away:
+                    if not _same(saved, x):
+                        return saved
+                    away.taken = True
+                    return away
+
+                with saved_tensors_hooks(pack, self._unpack):
                     out = forward(x, *args)
+                assert away.taken, "the layer does not keep its input for backward"
             if layer > 0:
                 out.register_hook(lambda _: self._fetch(layer - 1))
             return out
@@ -95,6 +103,7 @@ class _Away:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
+        self.taken = False
 
 
 def _same(saved: Tensor, x: Tensor) -> bool:

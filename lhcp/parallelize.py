@@ -63,7 +63,7 @@ def prepare_layers(model: Llama, config: RunConfig, device: torch.device) -> Non
     compiled = compiled and not config.attention.check_finite
     offload = InputOffload(memory.offload_layers, device) if memory.offload_layers else None
     kept = _compiled(Block.forward) if compiled else Block.forward
-    again = _recomputed(memory.recompute)
+    again = _recomputed(memory.recompute, compiled)
     again = _compiled(again) if compiled else again
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -80,14 +80,14 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
-def _recomputed(mode: RecomputeMode) -> Forward:
+def _recomputed(mode: RecomputeMode, compiled: bool) -> Forward:
     """`Block.forward` that keeps its input and, of what it computes, what it selected and, if `selective`, attended."""
-    kept = {torch.ops.lhcp.select.default} | ({torch.ops.lhcp.attend.default} if mode == "selective" else set())
+    select, attend = torch.ops.lhcp.select.default, torch.ops.lhcp.attend.default
 
     def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        # The scorer `dilated` attends, too, but without gradients: backward does not ask for that.
-        needed = op in kept and (torch.is_grad_enabled() or op is torch.ops.lhcp.select.default)
-        return CheckpointPolicy.MUST_SAVE if needed else CheckpointPolicy.PREFER_RECOMPUTE
+        # The scorer `dilated` attends, too, without gradients. Compiled, only what backward needs is kept in any case.
+        attends = mode == "selective" and op is attend and (compiled or torch.is_grad_enabled())
+        return CheckpointPolicy.MUST_SAVE if attends or op is select else CheckpointPolicy.PREFER_RECOMPUTE
 
     def forward(block: Block, *args: Any) -> Tensor:
         contexts = partial(create_selective_checkpoint_contexts, policy)

@@ -19,6 +19,8 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 # How many collectives torch remembers, to be written when a run hangs; at the second name, older, it warns.
 _RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _RECORDED = "2000"
+# How the allocator is told to let segments grow: layers and the loss need blocks of different sizes, which fragment.
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def process_group(env: ProcessEnv, device: torch.device, timeout: timedelta | No
         os.environ[_RECORDER[0]] = _RECORDED
     backend = "gloo"
     if device.type == "cuda":
+        if not any(name in os.environ for name in _ALLOCATOR):
+            os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
         torch.cuda.set_device(device)
         backend = "nccl"
     if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
