@@ -25,7 +25,7 @@ class InputOffload:
         self._num_layers = num_layers
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host: dict[int, Tensor] = {}
-        self._leaving: tuple[Tensor, Any] | None = None
+        self._leaving: tuple[int, Tensor, Any] | None = None
         self._returning: dict[int, tuple[Tensor, Any]] = {}
 
     def around(self, layer: int, forward: Forward) -> Forward:
@@ -39,17 +39,10 @@ class InputOffload:
                 out = forward(x, *args)
             else:
                 self._send(layer, x)
-                away = _Away(layer)
-
-                def pack(saved: Tensor) -> Tensor | _Away:
-                    if not _same(saved, x):
-                        return saved
-                    away.taken = True
-                    return away
-
-                with saved_tensors_hooks(pack, self._unpack):
+                away = _Away(layer, x)
+                with saved_tensors_hooks(away.pack, self._unpack):
                     out = forward(x, *args)
-                assert away.taken, "the layer does not keep its input for backward"
+                away.leave()
             if layer > 0:
                 out.register_hook(lambda _: self._fetch(layer - 1))
             return out
@@ -60,16 +53,16 @@ class InputOffload:
         if layer not in self._host or not _alike(self._host[layer], x):
             self._host.pop(layer, None)
             self._host[layer] = _host_memory(x)
-        self._leaving = x, self._copy(self._host[layer], x.detach())
+        x = x.detach()
+        self._leaving = layer, x, self._copy(self._host[layer], x)
 
     def _let_go(self) -> None:
         """Hold no longer what has left: the compute stream goes on, and may write there, when it has."""
         if self._leaving is not None:
-            self._wait(self._leaving[1])
+            self._wait(self._leaving[2])
             self._leaving = None
 
     def _fetch(self, layer: int) -> None:
-        self._let_go()
         host = self._host[layer]
         x = torch.empty_like(host, device=self._side.device if self._side else "cpu", pin_memory=False)
         self._returning[layer] = x, self._copy(x, host)
@@ -77,6 +70,10 @@ class InputOffload:
     def _unpack(self, saved: Tensor | _Away) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if self._leaving is not None and self._leaving[0] == saved.layer:  # the last layer of all: still here
+            x = self._leaving[1]
+            self._let_go()
+            return x
         if saved.layer not in self._returning:  # nobody asked beforehand
             self._fetch(saved.layer)
         x, copied = self._returning.pop(saved.layer)
@@ -101,9 +98,22 @@ class InputOffload:
 class _Away:
     """In place of a saved tensor: the layer whose input it is."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, x: Tensor) -> None:
         self.layer = layer
-        self.taken = False
+        self._x: Tensor | None = x
+        self._taken = False
+
+    def pack(self, saved: Tensor) -> Tensor | _Away:
+        """Itself in place of the input, anything else as it is."""
+        if self._x is None or not _same(saved, self._x):
+            return saved
+        self._taken = True
+        return self
+
+    def leave(self) -> None:
+        """The layer has run: hold its input no longer, as autograd does hold the hooks."""
+        assert self._taken, "the layer does not keep its input for backward"
+        self._x = None
 
 
 def _same(saved: Tensor, x: Tensor) -> bool:

@@ -88,7 +88,8 @@ def test_every_combination_computes_the_same(
         # Three Lighthouse steps select, in two layers, and once: a layer that runs again does not. (What a compiled
         # layer calls counts, too: the op's body runs at run time alone.)
         assert counts["select"] == 3 * passes * (LAYERS - 1)
-        assert counts["fetch"] == 4 * passes * settings.get("offload_layers", 0)
+        # The last layer's input, where it is offloaded, is still on the device when backward begins.
+        assert counts["fetch"] == 4 * passes * min(LAYERS - 1, settings.get("offload_layers", 0))
         if compiled:
             kinds = 2 if "recompute_layers" in settings else 1
             # Dense and Lighthouse layers of each kind, with gradients; dense without; the loss: not one a layer.

@@ -1,0 +1,55 @@
+"""Inputs of layers in host memory: what is still held on the device, when, and that backward reads what forward had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lhcp.attention.layers import layer_attentions
+from lhcp.distributed import ContextParallel
+from lhcp.model.llama import Llama
+from lhcp.offload import InputOffload
+from lhcp.parallelize import prepare_layers
+from runs import make_config
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("offloaded", "held"), [(3, {2}), (2, set()), (1, set())])
+def test_inputs_leave_the_device(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, offloaded: int, held: set[int]
+) -> None:
+    """Of three layers: only the last one's input, if that leaves too, is waited for no earlier than in backward."""
+    memory = {"recompute": "selective", "offload_layers": offloaded}
+    config = make_config(Path("unused"), 1, 1, memory=memory, compile=compiled)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: torch._dynamo.optimize("aot_eager")(function))
+    sent: dict[int, StorageWeakRef] = {}
+    fetched: list[int] = []
+    send, fetch = InputOffload._send, InputOffload._fetch
+
+    def watched_send(self: InputOffload, layer: int, x: Tensor) -> None:
+        sent[layer] = StorageWeakRef(x.untyped_storage())
+        send(self, layer, x)
+
+    def watched_fetch(self: InputOffload, layer: int) -> None:
+        fetched.append(layer)
+        assert len(self._returning) <= 1
+        fetch(self, layer)
+
+    monkeypatch.setattr(InputOffload, "_send", watched_send)
+    monkeypatch.setattr(InputOffload, "_fetch", watched_fetch)
+    model = Llama(config.model).double()
+    model.init_weights(0)
+    prepare_layers(model, config, torch.device("cpu"))
+    attention = layer_attentions(3, ContextParallel(), config.attention, [0])
+    tokens = torch.randint(0, 257, (1, 360), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        loss = model(tokens, tokens, torch.arange(360), attention)
+        assert {layer for layer, storage in sent.items() if not storage.expired()} == held
+        loss.backward()
+        assert fetched == list(range(min(offloaded, 2)))[::-1]  # each once, the next one needed first
+        fetched.clear()
+        assert all(storage.expired() for storage in sent.values())
