@@ -135,14 +135,13 @@ def check(tried: Sequence[RunConfig], device: torch.device) -> Record:
     """Loss and gradients of small models at a short length, in float32, against those of plain layers."""
     found: list[Record] = []
     reference = None
-    for one in tried:
-        small = shortened(one)
+    for small in {str(small.memory): small for small in map(shortened, tried)}.values():
         plain = small.model_copy(update={"memory": MemoryConfig(), "compile": False})
         reference = reference or _gradients(plain, device)
         loss, gradients = _gradients(small, device)
         errors = [float((gradients[n] - x).norm() / x.norm()) for n, x in reference[1].items()]
         found.append({
-            "memory": one.memory.model_dump(),
+            "memory": small.memory.model_dump(),
             "gradient_error": max(errors),
             "loss_error": abs(loss - reference[0]) / abs(reference[0]),
         })  # fmt: skip

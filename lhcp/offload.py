@@ -25,6 +25,7 @@ class InputOffload:
         self._num_layers = num_layers
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host: dict[int, Tensor] = {}
+        self._latest: dict[int, _Away] = {}
         self._leaving: tuple[int, Tensor, Any] | None = None
         self._returning: dict[int, tuple[Tensor, Any]] = {}
 
@@ -39,7 +40,7 @@ class InputOffload:
                 out = forward(x, *args)
             else:
                 self._send(layer, x)
-                away = _Away(layer, x)
+                self._latest[layer] = away = _Away(layer, x)
                 with saved_tensors_hooks(away.pack, self._unpack):
                     out = forward(x, *args)
                 away.leave()
@@ -70,6 +71,7 @@ class InputOffload:
     def _unpack(self, saved: Tensor | _Away) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        assert self._latest[saved.layer] is saved, "a later forward pass has taken the place of this one's inputs"
         if self._leaving is not None and self._leaving[0] == saved.layer:  # the last layer of all: still here
             x = self._leaving[1]
             self._let_go()

@@ -53,3 +53,16 @@ def test_inputs_leave_the_device(
         assert fetched == list(range(min(offloaded, 2)))[::-1]  # each once, the next one needed first
         fetched.clear()
         assert all(storage.expired() for storage in sent.values())
+
+
+def test_two_forward_passes_do_not_share_their_inputs() -> None:
+    """Host memory holds one pass: the backward of an earlier one is an error, never another's gradient."""
+    offload = InputOffload(1, torch.device("cpu"))
+    layer = offload.around(0, lambda x: x.sin().sum())
+    first, second = (torch.randn(3, requires_grad=True) for _ in range(2))
+    losses = [layer(first), layer(second)]
+    losses[1].backward()
+    assert second.grad is not None
+    torch.testing.assert_close(second.grad, second.detach().cos())
+    with pytest.raises(AssertionError, match="a later forward pass"):
+        losses[0].backward()
