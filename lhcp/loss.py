@@ -83,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight_VE, out=hidden_grad[start : start + chunk])
             if weight_grad is not None:
                 _add_product(weight_grad, gradient.T, rows)
+            del gradient  # before the next chunk's is made
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 

@@ -46,14 +46,14 @@ class Gpu:
     """One direction of a GPU's links to the others of its node."""
     network: Annotated[float, Says("B/s", "data sheet of ConnectX-7, 400 Gb/s a GPU")] = 50e9
     """One direction of a GPU's share of the links between nodes."""
-    pcie: Annotated[float, Says("B/s", "assumed of gen5 x16, data sheet 64e9")] = 50e9
+    pcie: Annotated[float, Says("B/s", f"{_H100}: 55.3e9 to the host, 54.3e9 from it")] = 54e9
     """One direction between a GPU and pinned host memory."""
     nvlink_latency: Annotated[float, Says("s", "assumed")] = 10e-6
     """From the last byte sent to its arrival inside a node, software included."""
     network_latency: Annotated[float, Says("s", "assumed")] = 20e-6
     """Likewise between nodes."""
-    gemm: Annotated[float, Says("of peak_flops", "assumed")] = 0.65
-    """That matrix products reach."""
+    gemm: Annotated[float, Says("of peak_flops", f"{_H100}: 670e12 to 750e12 by shape")] = 0.725
+    """That matrix products of a million rows and 1,024 to 3,072 columns reach."""
     attention_forward: Annotated[float, Says("of peak_flops", f"{_H100}: benchmarks/results/latency-*.json")] = 0.586
     """That cuDNN's causal attention reaches, 4 FLOPs for each pair and element of a head: the median of dense attention
     on N and on S for N from 65,536 on. Among them 0.63 on the 65,536 rows of a 1M sequence, 0.50 on all its tokens."""
@@ -67,7 +67,7 @@ class Gpu:
     """What Lighthouse takes around attention, over the time that a copy of the bytes that it cannot avoid takes."""
     optimizer_bytes: Annotated[float, Says("B", "counted: 4 float32 read, 3 written")] = 28.0
     """That AdamW moves for a parameter: weight, gradient and both moments read, all but the gradient written."""
-    reserve_gib: Annotated[float, Says("GiB", "assumed")] = 4.0
+    reserve_gib: Annotated[float, Says("GiB", f"{_H100}: at 74.5 GiB of tensors its allocator thrashes")] = 6.0
     """Of a GPU's memory, that a run does not get: CUDA's context, NCCL's buffers, workspaces, fragmentation."""
     host_gib: Annotated[float, Says("GiB", "assumed: 2 TB for 8 GPUs, less the rest")] = 200.0
     """A GPU's share of its node's memory, that can be pinned."""

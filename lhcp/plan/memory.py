@@ -18,8 +18,7 @@ LOSS_ROWS = 8_192
 """Tokens whose logits exist at a time."""
 INPUT = "input"
 ATTENDED = "attention output, log-sum-exp, selected rows"
-IN_TRANSIT = 2
-"""Inputs of offloaded layers that are on the GPU at a time, on their way."""
+PRODUCT = "silu(gate) x up"
 
 
 @dataclass(frozen=True)
@@ -45,25 +44,35 @@ class Memory:
 
 def memory_of(share: Share, layers: Sequence[Layer]) -> Memory:
     """Of a stage with these layers."""
-    offloaded = sum(layer.offloaded for layer in layers)
-    row = share.tokens * share.width * ITEMSIZE
-    last = len(layers) - 1
     found = []
     before = 0
     for i, layer in enumerate(layers):  # a moment in a layer comes with what the layers before it keep
         name, live = _largest_moment(share, layer)
-        found.append((before + sum(live.values()), i, name))
+        needed = before + sum(live.values()) + sum(_beside(share, layers, i).values())
+        found.append((needed, i, name))
         before += sum(kept(share, layer).values())
     in_loss = loss(share)
-    found.append((before + sum(in_loss.values()), last + 1, "loss"))
+    found.append((before + sum(in_loss.values()), len(layers), "loss"))
     _, i, name = max(found)
+    in_a_layer = i < len(layers)
     return Memory(
-        always=always(share) | {"inputs on their way to or from the host": min(IN_TRANSIT, offloaded) * row},
+        always=always(share),
         kept=_sum(kept(share, layer) for layer in layers[:i]),
-        moment="the loss" if i > last else f"{name} of layer {i}",
-        working=in_loss if i > last else _largest_moment(share, layers[i])[1],
-        host=offloaded * row,
+        moment=f"{name} of layer {i}" if in_a_layer else "the loss",
+        working=_largest_moment(share, layers[i])[1] | _beside(share, layers, i) if in_a_layer else in_loss,
+        host=sum(layer.offloaded for layer in layers) * share.tokens * share.width * ITEMSIZE,
     )
+
+
+def _beside(share: Share, layers: Sequence[Layer], i: int) -> Parts:
+    """While layer `i` runs: the next input on its way back, gradients of layers that have had their backward."""
+    parts = {}
+    if i > 0 and layers[i - 1].offloaded:
+        parts["an input on its way from the host"] = share.tokens * share.width * ITEMSIZE
+    if share.passes == 1:
+        done = (len(layers) - 1 - i) * share.block_parameters
+        parts["gradients so far, float32"] = 4 * done // share.ranks
+    return parts
 
 
 @cache
@@ -77,7 +86,8 @@ def always(share: Share) -> Parts:
     gathered = ITEMSIZE * (share.root_parameters + 2 * share.block_parameters)
     return {
         "parameters, float32": int(4 * own),
-        "gradients, float32": int(4 * own),
+        # Of one micro-batch they come into being as backward goes on, when what layers have kept is gone.
+        "gradients, float32": int(4 * own) if share.passes > 1 else 0,
         "AdamW moments": int(8 * own),
         "gathered parameters": gathered,
         "their gradients": gathered,
@@ -106,12 +116,16 @@ def _kept_of_attention(share: Share, layer: Layer) -> int:
 
 
 def _saved_by_attention(share: Share, kind: StageMode) -> Parts:
-    """What the attention half of a compiled layer needs in backward."""
+    """What the attention half of a compiled layer needs in backward.
+
+    In a dense layer, v is a part of the product that q and k, too, are parts of before RoPE, and keeps all of it.
+    """
     n, rows = share.tokens, share.rows(kind)
+    whole = share.q + share.kv
     parts = {
         INPUT: n * share.width * ITEMSIZE,
         "norm output": n * share.width * ITEMSIZE,
-        "q, k, v": rows * (share.q + share.kv) * ITEMSIZE,
+        "q, k, v": rows * (whole if kind == "lighthouse" else whole + share.q + share.kv // 2) * ITEMSIZE,
         "log-sum-exp": 4 * rows * share.heads,
         "attention output": n * share.q * ITEMSIZE,
     }
@@ -130,7 +144,7 @@ def _saved_by_feed_forward(share: Share) -> Parts:
         "input of the feed-forward": n * share.width * ITEMSIZE,
         "its norm output": n * share.width * ITEMSIZE,
         "gate and up": 2 * n * share.ffn * ITEMSIZE,
-        "silu(gate) x up": n * share.ffn * ITEMSIZE,
+        PRODUCT: n * share.ffn * ITEMSIZE,
     }
 
 
@@ -149,32 +163,41 @@ def _largest_moment(share: Share, layer: Layer) -> tuple[str, Parts]:
 def moments(share: Share, layer: Layer) -> dict[str, Parts]:
     """Everything of a layer that is there at once, by moment.
 
-    Backward begins with the layer's forward again where it is recomputed; so, recomputed or not, it has what the halves
-    of the layer need, first for the feed-forward, then for attention, whose half is then all that is left.
+    Backward of a `selective` layer computes what the feed-forward needs from the kept attention output, and only then
+    q, k and v; of a `full` one attention comes first, and what it makes stays.
     """
     attention, feed_forward = _saved_by_attention(share, layer.kind), _saved_by_feed_forward(share)
     n, rows, kind = share.tokens, share.rows(layer.kind), layer.kind
-    out = n * share.width * ITEMSIZE
-    forward = feed_forward | {INPUT: out, "output": out, ATTENDED: _kept_of_attention(share, layer)}
+    out, whole = n * share.width * ITEMSIZE, share.q + share.kv
+    attended = {ATTENDED: _kept_of_attention(share, layer)}
+    forward = feed_forward | attended | {INPUT: out, "output": out}
     if layer.recompute == "none":
         forward = feed_forward | attention | {"output": out}
+    del feed_forward[PRODUCT]  # its part in a gradient comes first
+    if layer.recompute == "selective":
+        feed_forward |= attended | {INPUT: out, "attention output": n * share.q * ITEMSIZE}
+    else:
+        feed_forward |= attention
     in_feed_forward = {
         "gradient of the output": out,
         "gradient of gate and up": 2 * n * share.ffn * ITEMSIZE,
-        "gradient of silu(gate) x up": n * share.ffn * ITEMSIZE,
+        f"gradient of {PRODUCT}": n * share.ffn * ITEMSIZE,
     }
     in_attention = {
         "gradient of the output": out,
-        "gradient of the attention output": n * share.q * ITEMSIZE,
-        "gradients of q, k, v": n * (share.q + share.kv) * ITEMSIZE,
         "float32 sum of the gradient of q": 4 * rows * share.q,  # cuDNN's; seen in the peak of benchmarks.latency
         "buffers of the exchange": exchange_buffers(share, kind),
     }
     if kind == "lighthouse":
-        in_attention["gradients of the gathered q, k, v and output"] = rows * (2 * share.q + share.kv) * ITEMSIZE
+        in_attention |= {
+            "gradients of the gathered q, k, v and output": rows * (whole + share.q) * ITEMSIZE,
+            "gradients of q, k, v, and joined": 2 * n * whole * ITEMSIZE,
+        }
+    else:
+        in_attention["gradients of the attention output, q, k, v"] = n * (whole + share.q) * ITEMSIZE
     return {
         "forward": forward,
-        "feed-forward backward": attention | feed_forward | in_feed_forward,
+        "feed-forward backward": feed_forward | in_feed_forward,
         "attention backward": attention | in_attention,
     }
 
@@ -200,8 +223,8 @@ def loss(share: Share) -> Parts:
     return {
         "last hidden states, before and after the norm": 2 * row,
         "their gradient": row,
-        "logits of a chunk and a temporary": 2 * logits,
-        "gradient of the head, float32, and a chunk's": 2 * head,
+        "logits of a chunk and their gradient": 2 * logits,
+        "gradient of the head, float32": head,
     }
 
 

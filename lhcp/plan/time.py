@@ -131,10 +131,10 @@ def attention_flops(share: Share, kind: StageMode) -> float:
 
 
 def loss(share: Share, gpu: Gpu) -> Seconds:
-    """6 n V E FLOPs, forward and backward at once; n V elements written, read twice, and their gradients again."""
+    """6 n V E FLOPs, forward and backward at once; n V elements written and read twice, their gradients written."""
     logits = share.tokens * share.vocabulary
     flops = 6.0 * logits * share.width
-    return Seconds(loss=flops / gpu.gemm_flops + 6.0 * logits * ITEMSIZE / gpu.pass_bandwidth)
+    return Seconds(loss=flops / gpu.gemm_flops + 4.0 * logits * ITEMSIZE / gpu.pass_bandwidth)
 
 
 def optimizer(share: Share, gpu: Gpu) -> Seconds:

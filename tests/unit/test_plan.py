@@ -28,7 +28,7 @@ CONFIGS = REPOSITORY / "launch" / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 ON_GPUS = ("device=cuda", "compute_dtype=bfloat16")
 H100, B200 = GPUS["h100"], GPUS["b200"]
-GPUS_OF = {"1m.yaml": 32, "demo.yaml": 2}
+GPUS_OF = {"1m.yaml": 32, "demo.yaml": 2} | {f"one-gpu/{name}.yaml": 1 for name in ("98k", "1m", "2m")}
 """GPUs of configurations that are not for 8."""
 
 
@@ -54,7 +54,7 @@ def expanded(path: Path) -> list[tuple[Path, tuple[str, ...]]]:
 
 @pytest.mark.parametrize("path", FILES, ids=[str(file.relative_to(CONFIGS)) for file in FILES])
 def test_every_configuration_fits_what_it_is_for(path: Path) -> None:
-    gpus = GPUS_OF.get(path.name, 8)
+    gpus = GPUS_OF.get(str(path.relative_to(CONFIGS)), 8)
     for config, overrides in expanded(path):
         found = plan_run(config_file.load(config, (*ON_GPUS, *overrides, "parallel.dp=null")), gpus, B200)
         assert found.fits or path.name == "sweep.yaml", overrides  # the sweep runs one layer's attention
