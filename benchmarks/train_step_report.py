@@ -23,11 +23,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEADER = ["run", "N", "S", *train_step.HEADER]
-COLORS = dict(zip(PARTS, "#c8501e #e8a33d #1f4e8c #5b8db8 #2e7d5b #7b4b94 #a9b7c6 #dddddd".split(), strict=True))
+COLORS = dict(
+    zip(
+        PARTS,
+        ["#c8501e", "#e8a33d", "#1f4e8c", "#5b8db8", "#2e7d5b", "#7b4b94", "#a9b7c6", "#dddddd"],
+        strict=True,
+    )
+)
 NOTES = (
-    "Parts are milliseconds on the GPU's compute stream, of a profiled step; the step is the median of others. Loss:",
-    "with the products of the output head. Other: norms, RoPE, SwiGLU, residuals. MFU: of 989 TFLOP/s; what is computed",
-    "again does not count. GPU GiB: the peak of tensors; host GiB: pinned for layers' inputs.",
+    "Parts are milliseconds on the GPU's compute stream, of a profiled step; the step is the median of others.",
+    "Loss: with the products of the output head. Other: norms, RoPE, SwiGLU, residuals.",
+    "MFU: of the data sheet's dense bfloat16 peak; what is computed again does not count.",
+    "GPU GiB: the peak of tensors; host GiB: pinned for layers' inputs.",
 )
 Named = tuple[str, Record]
 
@@ -109,9 +116,9 @@ def _said(run: str, result: Record) -> Iterator[str]:
         yield f"{run}: {ratio:.2f} times as many tokens/s with Lighthouse attention as dense, in the same run."
     if dense := result.get("dense_extrapolated"):
         yield (
-            f"{run}: a dense step would take {dense['step_ms'] / 1e3:.0f} s, {dense['tokens_per_s_per_gpu']:,.0f} tokens/s, "
-            f"{dense['ratio']:.0f} times as long: extrapolated from one call of one layer's attention, forward and "
-            f"backward, {dense['layer_forward_backward_ms'] / 1e3:.1f} s."
+            f"{run}: a dense step would take {dense['step_ms'] / 1e3:.0f} s, {dense['tokens_per_s_per_gpu']:,.0f} "
+            f"tokens/s, {dense['ratio']:.0f} times as long: extrapolated from one call of one layer's attention, "
+            f"forward and backward, {dense['layer_forward_backward_ms'] / 1e3:.1f} s."
         )
     for mode, found in modes.items():
         losses = found["losses"]
