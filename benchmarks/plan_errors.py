@@ -8,22 +8,37 @@ writes NAME.json and NAME.md. Exit codes: 0 done, 2 something that the user can 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Record, document, make_way, software, table, tell, write_json, write_text
+from benchmarks.train_step import read_result
 from lhcp.config import ConfigError, MemoryConfig, RunConfig, StageConfig
 from lhcp.config.validation import validate
 from lhcp.plan import GPUS, Gpu, plan_run
 
 NAME = "plan_errors"
-HEADER = ["run", "N", "memory", "GPU GiB", "plan", "error %", "host GiB", "plan", "step s", "plan", "error %"]
+HEADER = [
+    "run",
+    "N",
+    "memory",
+    "GPU GiB",
+    "plan",
+    "error %",
+    "host GiB",
+    "plan",
+    "step s",
+    "plan",
+    "error %",
+    "plan fits",
+]
 NOTES = (
     "GPU GiB: the peak of what tensors take. Host GiB: pinned, for layers' inputs. Step: the median.",
     "Error: the plan over what was measured, less one.",
+    "Where memory just suffices, though the plan says no, the allocator gives it back and takes it anew in every step:",
+    "that time is not in a plan.",
 )
 
 
@@ -53,11 +68,8 @@ def compare(path: Path) -> Iterator[Record]:
     Raises:
         ConfigError: not such a result, or not of a GPU that plans know.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        modes, environment = result["modes"], result["environment"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: not a result of benchmarks.train_step ({error})") from None
+    result = read_result(path)
+    modes, environment = result["modes"], result["environment"]
     gpu = _gpu(environment["devices"])
     for mode, best in modes.items():
         for found in (best, *best["tried"]):
@@ -79,7 +91,8 @@ def _run(config: Any, mode: Any, memory: Any) -> RunConfig:
 
 
 def _row(name: str, run: RunConfig, found: Record, gpu: Gpu, ranks: int) -> Record:
-    (stage,) = plan_run(run, ranks, gpu, gpus_per_node=ranks).stages
+    plan = plan_run(run, ranks, gpu, gpus_per_node=ranks)
+    (stage,) = plan.stages
     measured_s, measured_gib = found["step"]["p50_ms"] / 1e3, found["gpu_gib"]
     planned_gib = stage.memory.peak / 2**30
     return {
@@ -91,6 +104,7 @@ def _row(name: str, run: RunConfig, found: Record, gpu: Gpu, ranks: int) -> Reco
         "step_s": {"measured": measured_s, "plan": stage.step.total, "error": stage.step.total / measured_s - 1},
         "parts_s": {"measured_ms": found["parts_ms"], "plan": vars(stage.step)},
         "moment": stage.memory.moment,
+        "fits": plan.fits,
     }
 
 
@@ -106,6 +120,7 @@ def _cells(row: Record) -> list[str]:
         *(f"{gib['measured']:.1f}", f"{gib['plan']:.1f}", f"{100 * gib['error']:+.0f}"),
         *(f"{host['measured']:.1f}", f"{host['plan']:.1f}"),
         *(f"{step['measured']:.3f}", f"{step['plan']:.3f}", f"{100 * step['error']:+.0f}"),
+        "yes" if row["fits"] else "no",
     ]
 
 

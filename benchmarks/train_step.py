@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -270,6 +272,23 @@ def extrapolated(config: RunConfig, sparse: Record, device: torch.device) -> Rec
         "tokens_per_s_per_gpu": config.global_batch_size * config.seq_len / step_ms * 1e3,
         "ratio": step_ms / sparse["step"]["p50_ms"],
     }
+
+
+def read_result(path: Path) -> Record:
+    """What this benchmark wrote.
+
+    Raises:
+        ConfigError: it is something else, or nothing was timed.
+    """
+    try:
+        result: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give a result of benchmarks.train_step") from None
+    if not isinstance(result, dict) or result.get("benchmark") != NAME:
+        raise ConfigError(f"{path} is not a result of benchmarks.train_step")
+    if not result.get("modes"):
+        raise ConfigError(f"{path}: nothing was timed, since its check failed; leave it out")
+    return result
 
 
 def row(mode: str, found: Record) -> list[str]:

@@ -8,11 +8,10 @@ writes NAME.md and NAME.png (which needs matplotlib). Exit codes: 0 done, 2 some
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import train_step
 from benchmarks.common import Record, document, setting, table, tell, write_text
@@ -46,24 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="NAME", help="of NAME.md and NAME.png")
     args = parser.parse_args(argv)
     try:
-        text = report([(path.stem, _read(path)) for path in args.results], args.out)
+        text = report([(path.stem, train_step.read_result(path)) for path in args.results], args.out)
     except ConfigError as error:
         tell(error)
         return 2
     print(text, end="")
     return 0
-
-
-def _read(path: Path) -> Record:
-    try:
-        result: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give a result of benchmarks.train_step") from None
-    if not isinstance(result, dict) or result.get("benchmark") != train_step.NAME:
-        raise ConfigError(f"{path} is not a result of benchmarks.train_step")
-    if not result.get("modes"):
-        raise ConfigError(f"{path}: nothing was timed, since its check failed; leave it out")
-    return result
 
 
 def report(results: Sequence[Named], name: Path) -> str:
