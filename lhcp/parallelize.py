@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -73,6 +74,8 @@ def prepare_layers(model: Llama, config: RunConfig, device: torch.device) -> Non
             forward = offload.around(layer, forward)
         block.forward = forward  # type: ignore[method-assign]
     if compiled:
+        # It warns of ops in place under recomputation, of which a layer has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         model.loss_and_gradient = _compiled(model.loss_and_gradient)
 
 
