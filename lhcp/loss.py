@@ -40,8 +40,8 @@ def linear_cross_entropy(
     hidden_BNE: Tensor,
     weight_VE: Tensor,
     labels_BN: Tensor,
-    softmax: LossAndGradient = loss_and_gradient,
     chunk: int = 8192,
+    softmax: LossAndGradient = loss_and_gradient,
 ) -> Tensor:
     """Sum of the cross-entropies, in nats, of `hidden @ weight.T` against the labels that are not `IGNORE`.
 
@@ -53,8 +53,8 @@ def linear_cross_entropy(
         hidden_BNE: normalised hidden states.
         weight_VE: of the output layer.
         labels_BN: int64.
-        softmax: `loss_and_gradient`, or that compiled.
         chunk: positions at a time.
+        softmax: `loss_and_gradient`, or that compiled.
 
     Returns:
         A scalar in float32 (float64 of float64); 0 when no label counts.

@@ -90,7 +90,7 @@ class Llama(nn.Module):
         """Sum of the cross-entropies in nats, a scalar; labels are int64, `loss.IGNORE` where none counts."""
         hidden_BNE = self.hidden(tokens_BN, positions_N, attention)
         with record_function("loss"):  # its name in a profile
-            return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, self.loss_and_gradient)
+            return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, softmax=self.loss_and_gradient)
 
     def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction]) -> Tensor:
         """Normalised final hidden states, [B, N, E].

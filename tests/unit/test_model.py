@@ -195,3 +195,33 @@ def test_flops_by_hand() -> None:
 def test_peak_of_known_devices() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA GeForce GTX 970") is None
+
+
+def test_the_head_s_gradient_is_summed_in_float32() -> None:
+    """bfloat16, chunk after chunk into one sum: the error does not grow with the chunks, as one in bfloat16 would."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 4096, 24, generator=generator), torch.randn(61, 24, generator=generator)
+    labels = torch.randint(0, 61, (1, 4096), generator=generator)
+    errors = []
+    for chunk in (4096, 16):
+        leaves = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        found = torch.autograd.grad(linear_cross_entropy(*leaves, labels, chunk=chunk), leaves)
+        expected = torch.autograd.grad(linear_cross_entropy(*exact, labels), exact)
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)])
+    assert max(errors[0]) < 1e-2
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_loss_and_its_gradient_only_where_they_are_wanted() -> None:
+    hidden, weight = torch.randn(1, 9, 8, dtype=torch.float64), torch.randn(13, 8, dtype=torch.float64)
+    labels = torch.randint(0, 13, (1, 9))
+    both = [x.clone().requires_grad_() for x in (hidden, weight)]
+    linear_cross_entropy(*both, labels).backward()
+    for i in (0, 1):
+        leaves = [hidden.clone(), weight.clone()]
+        leaves[i].requires_grad_()
+        linear_cross_entropy(*leaves, labels, chunk=4).backward()
+        assert both[i].grad is not None
+        torch.testing.assert_close(leaves[i].grad, both[i].grad)
+    assert not linear_cross_entropy(hidden, weight, labels).requires_grad
