@@ -28,7 +28,7 @@ from benchmarks import layer as layers
 from benchmarks.common import Record, environment, make_way, percentiles, reset_peak_memory, table, tell, write_json
 from benchmarks.step_parts import AROUND, ATTENTION, PARTS, step_parts
 from lhcp import config_file
-from lhcp.checks import check_files
+from lhcp.checks import check_data, check_host_memory
 from lhcp.config import ConfigError, MemoryConfig, RunConfig, StageConfig, StageMode
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv, process_group
@@ -81,7 +81,9 @@ def _main(args: argparse.Namespace) -> int:
         for mode in modes
     }
     device = env.device(config.device)
-    check_files(tried[modes[0]][0], None)
+    for one in tried[modes[0]]:
+        check_data(one)
+        check_host_memory(one, env.local_world_size)
     make_way(args.out)
     with process_group(env, device, collective_timeout(config.hang_timeout_s)):
         result: Record = {

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(results: Sequence[Named], name: Path) -> str:
-    """Write NAME.md and NAME.png.
+    """Write NAME.md and, where there are profiles, NAME.png.
 
     Args:
         results: each by its name.
@@ -72,7 +72,8 @@ def report(results: Sequence[Named], name: Path) -> str:
     if settings:
         tables.append(table(["run, other settings", "recompute", "offload", "step s", "GPU GiB"], settings))
     text = document("Whole training steps", "\n".join(tables), notes, {})
-    draw(results, name.with_name(f"{name.name}.png"))
+    if any("parts_ms" in found for _, _, _, found in _measured(results)):  # only GPUs have a profile
+        draw(results, name.with_name(f"{name.name}.png"))
     write_text(name.with_name(f"{name.name}.md"), text)
     return text
 
@@ -127,7 +128,7 @@ def _tried(run: str, result: Record) -> Iterator[list[str]]:
 
 
 def draw(results: Sequence[Named], path: Path) -> None:
-    """What a token costs, by part: a bar for each run and mode.
+    """What a token costs, by part: a bar for each run and mode with a profile.
 
     Raises:
         ConfigError: matplotlib is not installed, or `path` cannot be written.
@@ -138,8 +139,6 @@ def draw(results: Sequence[Named], path: Path) -> None:
     except ImportError:
         raise ConfigError("the picture needs matplotlib: pip install 'lhcp[plot]'") from None
     bars = [one for one in _measured(results) if "parts_ms" in one[3]]
-    if not bars:
-        raise ConfigError("no result has a profile, which only GPUs make; the picture is of nothing else")
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(bars)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -70,6 +70,8 @@ def _code(rank: int, failure: ProcessFailure, told: Collection[int]) -> int:
         return EXIT_HUNG
     if code not in TOLD:
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        if -code == signal.SIGKILL:
+            how += " (by the system, if it ran out of host memory: its log, dmesg, says so)"
         print(f"error: rank {rank} ended with {how}, so the run was stopped", file=sys.stderr)
         print("       go on by --resume last; logs are in the run folder", file=sys.stderr)
     return code if code >= 0 else 128 - code

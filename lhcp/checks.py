@@ -27,9 +27,7 @@ def check_files(config: RunConfig, resume: str | None = None, allowed: Collectio
         ConfigError: no data, too little of it, tokens the model cannot hold, a run folder in use, or a checkpoint that
             is missing, damaged or of another configuration.
     """
-    _check_split(config, "train", 1)
-    if config.eval.sequences:
-        _check_split(config, "held_out", config.eval.sequences)
+    check_data(config)
     _check_writable(config.output_dir)
     if resume is not None:
         if checkpoint := first_readable(config.output_dir, resume):
@@ -38,6 +36,41 @@ def check_files(config: RunConfig, resume: str | None = None, allowed: Collectio
         raise ConfigError(
             f"output_dir {config.output_dir} already holds a run; go on with it by --resume {LAST}, or choose another "
             f"folder"
+        )
+
+
+def check_data(config: RunConfig) -> None:
+    """Check the data alone.
+
+    Raises:
+        ConfigError: no data, too little of it, or tokens the model cannot hold.
+    """
+    _check_split(config, "train", 1)
+    if config.eval.sequences:
+        _check_split(config, "held_out", config.eval.sequences)
+
+
+def check_host_memory(config: RunConfig, ranks: int) -> None:
+    """Refuse inputs of layers, in pinned host memory, that this machine has not.
+
+    Args:
+        config: resolved.
+        ranks: on this machine.
+
+    Raises:
+        ConfigError: naming how many layers it has memory for.
+    """
+    layers, meminfo = config.memory.offload_layers, Path("/proc/meminfo")
+    if not layers or not meminfo.exists():
+        return
+    (free,) = (int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    tokens = config.micro_batch_size * config.padded_len // config.parallel.cp
+    row = ranks * tokens * config.model.dim * {"bfloat16": 2, "float32": 4, "float64": 8}[config.activation_dtype]
+    if layers * row > free:
+        raise ConfigError(
+            f"memory.offload_layers {layers} takes {layers * row / 2**30:.1f} GiB of host memory for the {ranks} "
+            f"rank(s) of this machine, which has {free / 2**30:.1f} GiB free: enough for {free // row} layer(s). Lower "
+            f"it, or raise parallel.cp"
         )
 
 

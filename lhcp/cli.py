@@ -113,7 +113,7 @@ def train(
 def plan(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")],
-    gpu: Annotated[planning.GpuName, typer.Option(help="Their kind.")],
+    gpu: Annotated[planning.GpuName, typer.Option(help="Their kind.", case_sensitive=False)],
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of one node.")] = 8,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes and seconds.")] = False,

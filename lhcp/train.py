@@ -25,7 +25,7 @@ from lhcp.checkpoint.choose import choose, damage
 from lhcp.checkpoint.compare import check_meaning
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checkpoint.saver import Saver
-from lhcp.checks import check_files, data_entry
+from lhcp.checks import check_files, check_host_memory, data_entry
 from lhcp.config import ConfigError, RunConfig
 from lhcp.data import verify_shards
 from lhcp.distributed.collectives import SharedError, complaints, on_rank_zero
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.parallel.exchange == "ring_flash_attn" and config.parallel.cp > 1:
             load_package()
         config.parallel.check_exchange(config.model, config.activation_dtype, device.type)
+        check_host_memory(config, env.local_world_size)
         config.profile.check_device(device.type)
     except ConfigError as error:
         if rank == 0:

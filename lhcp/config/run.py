@@ -203,13 +203,18 @@ class RunConfig(Section):
 
     def _check_memory(self) -> None:
         memory, layers = self.memory, self.model.num_layers
+        if memory.recompute == "none" and memory.recompute_layers:
+            raise ConfigError(
+                f"memory.recompute_layers {memory.recompute_layers}, but memory.recompute is none; set that to "
+                f"selective or full, or leave recompute_layers out"
+            )
         if memory.recompute_layers is not None and memory.recompute_layers > layers:
             raise ConfigError(f"memory.recompute_layers {memory.recompute_layers}: the model has {layers} layers")
         if memory.offload_layers > self.recomputed_layers:
             raise ConfigError(
-                f"memory.offload_layers {memory.offload_layers}: only {self.recomputed_layers} layers are recomputed "
-                f"(memory.recompute {memory.recompute}, recompute_layers {memory.recompute_layers}), and only those "
-                f"keep nothing but their input; lower it, or set memory.recompute: full"
+                f"memory.offload_layers {memory.offload_layers}: only layers that are recomputed can be offloaded, "
+                f"here {self.recomputed_layers}; lower it, or recompute more by memory.recompute: selective and "
+                f"recompute_layers"
             )
         if self.compile and self.attention.check_finite and self._uses_lighthouse:
             raise ConfigError(

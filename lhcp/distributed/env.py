@@ -30,6 +30,8 @@ class ProcessEnv:
     rank: int
     local_rank: int
     world_size: int
+    local_world_size: int = 1
+    """Processes on this machine."""
 
     @classmethod
     def read(cls) -> ProcessEnv:
@@ -44,7 +46,7 @@ class ProcessEnv:
                 "lhcp.train with torchrun"
             )
         return cls(*(int(os.environ.get(name, default)) for name, default in
-                     (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))))  # fmt: skip
+                     (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))))  # fmt: skip
 
     def device(self, choice: DeviceChoice) -> torch.device:
         """The device of this process; `auto` takes its GPU where there is one.
@@ -59,7 +61,7 @@ class ProcessEnv:
             remedy = f"start at most {gpus} processes here, or set" if gpus else "set"
             raise ConfigError(
                 f"device {choice}: local rank {self.local_rank} has no GPU (this machine has {gpus}); {remedy} "
-                f"device: cpu"
+                f"device: cpu if the run is small enough (lhcp demo is)"
             )
         return torch.device("cuda", self.local_rank)
 

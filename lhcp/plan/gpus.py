@@ -67,7 +67,7 @@ class Gpu:
     """What Lighthouse takes around attention, over the time that a copy of the bytes that it cannot avoid takes."""
     optimizer_bytes: Annotated[float, Says("B", "counted: 4 float32 read, 3 written")] = 28.0
     """That AdamW moves for a parameter: weight, gradient and both moments read, all but the gradient written."""
-    reserve_gib: Annotated[float, Says("GiB", f"{_H100}: 67 GiB of tensors go well, 74.5 do not")] = 8.0
+    reserve_gib: Annotated[float, Says("GiB", f"{_H100}: 67 GiB of tensors fast, 74.5 slow")] = 11.0
     """Of a GPU's memory, that a run does not get: CUDA's context, NCCL's buffers, workspaces, fragmentation."""
     host_gib: Annotated[float, Says("GiB", "assumed: 2 TB for 8 GPUs, less the rest")] = 200.0
     """A GPU's share of its node's memory, that can be pinned."""

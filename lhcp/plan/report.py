@@ -125,7 +125,8 @@ def _fit(plan: Plan) -> Iterator[str]:
     if best is None:
         yield "No setting of `memory` makes it fit: raise parallel.cp, lower micro_batch_size, or take larger GPUs."
         return
-    yield f"Fastest that fits: {best.hours:,.1f} hours, {_gib(best.peak)} GiB on a GPU, {_gib(best.host)} pinned"
+    hours = f"{best.hours:,.4g} hours" + (f" instead of {plan.hours:,.4g}" if plan.fits else "")
+    yield f"Fastest that fits: {hours}, {_gib(best.peak)} GiB on a GPU, {_gib(best.host)} pinned"
     yield f"  {best.arguments}"
 
 

@@ -113,8 +113,8 @@ def test_inductor_computes_the_same(data: Path, plain: list[Step]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"memory": {"offload_layers": 1}}, {"memory": {"recompute": "full", "recompute_layers": 4}}]
+    "memory", [{"offload_layers": 1}, {"recompute": "full", "recompute_layers": 4}, {"recompute_layers": 2}]
 )
-def test_settings_that_do_not_go_together_are_refused(data: Path, change: dict[str, Any]) -> None:
+def test_settings_that_do_not_go_together_are_refused(data: Path, memory: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"memory\.(offload|recompute)_layers"):
-        make_config(data, 1, 1, **change)
+        make_config(data, 1, 1, memory=memory)

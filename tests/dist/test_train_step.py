@@ -78,7 +78,7 @@ def test_nothing_is_timed_where_gradients_are_wrong(config: Path, tmp_path: Path
         (["--steps", "2"], "--steps 2: must be at least 3"),
         (["--memory", "some"], "--memory some: RECOMPUTE[:RECOMPUTE_LAYERS[:OFFLOAD_LAYERS]]"),
         (["--memory", "full:x"], "--memory full:x: RECOMPUTE"),
-        (["--memory", "none:0:2"], "memory.offload_layers 2: only 0 layers are recomputed"),
+        (["--memory", "none:0:2"], "memory.offload_layers 2: only layers that are recomputed can be offloaded, here 0"),
         (["--memory", "full:4"], "memory.recompute_layers 4: the model has 3 layers"),
     ],
 )

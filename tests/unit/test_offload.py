@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lhcp.attention.layers import layer_attentions
+from lhcp.checks import check_host_memory
+from lhcp.config import ConfigError, MemoryConfig, RunConfig, StageConfig
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Llama
 from lhcp.offload import InputOffload
@@ -66,3 +68,25 @@ def test_two_forward_passes_do_not_share_their_inputs() -> None:
     torch.testing.assert_close(second.grad, second.detach().cos())
     with pytest.raises(AssertionError, match="a later forward pass"):
         losses[0].backward()
+
+
+def test_host_memory_that_is_not_there_is_missed_before_anything_starts() -> None:
+    """A layer's input: 10^9 bytes, 4 of an element; what is free is known to within what others take meanwhile."""
+    model = make_config(Path("unused"), 1, 1).model.model_copy(update={"dim": 250, "num_layers": 10**6})
+    config = make_config(Path("unused"), 1, 1).model_copy(
+        update={"seq_len": 10**6, "dtype": "float32", "model": model, "stages": [StageConfig(mode="dense", steps=1)]}
+    )
+    (free,) = (int(x.split()[1]) * 1024 for x in Path("/proc/meminfo").read_text().splitlines() if "MemAvail" in x)
+    enough = free // 2 // 10**9
+
+    def offloading(layers: int) -> RunConfig:
+        return config.model_copy(update={"memory": MemoryConfig(recompute="full", offload_layers=layers)})
+
+    check_host_memory(offloading(enough), ranks=1)
+    check_host_memory(offloading(0), ranks=10**9)
+    with pytest.raises(
+        ConfigError, match=rf"memory.offload_layers {6 * enough} takes .* GiB.* 1 rank.*enough for \d+ layer"
+    ):
+        check_host_memory(offloading(6 * enough), ranks=1)
+    with pytest.raises(ConfigError, match=r"for the 3 rank"):
+        check_host_memory(offloading(2 * enough), ranks=3)
