@@ -34,7 +34,7 @@ def everything() -> list[MemoryConfig]:
         for layers in (None, *range(LAYERS + 1)):
             for offloaded in range(LAYERS + 1):
                 recomputed = 0 if recompute == "none" else LAYERS if layers is None else layers
-                if offloaded <= recomputed:
+                if offloaded <= recomputed and not (recompute == "none" and layers):
                     found.append(
                         MemoryConfig(recompute=recompute, recompute_layers=layers, offload_layers=offloaded)  # type: ignore[arg-type]
                     )
