@@ -72,13 +72,13 @@ def compare(path: Path) -> Iterator[Record]:
     modes, environment = result["modes"], result["environment"]
     gpu = _gpu(environment["devices"])
     for mode, best in modes.items():
-        for found in (best, *best["tried"]):
+        for found in (best, *best.get("tried", [])):
             if found["fits"]:
                 yield _row(path.stem, _run(result["config"], mode, found["memory"]), found, gpu, environment["ranks"])
 
 
 def _gpu(devices: Sequence[str]) -> Gpu:
-    known = [gpu for name, gpu in GPUS.items() if all(name.upper() in device for device in devices)]
+    known = [gpu for name, gpu in GPUS.items() if devices and all(name.upper() in device.split() for device in devices)]
     if not known:
         raise ConfigError(f"measured on {', '.join(devices)}: plans know {', '.join(GPUS)}")
     return known[0]

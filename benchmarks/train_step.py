@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks import layer as layers
 from benchmarks.common import Record, environment, make_way, percentiles, reset_peak_memory, table, tell, write_json
@@ -30,6 +32,7 @@ from benchmarks.step_parts import AROUND, ATTENTION, PARTS, step_parts
 from lhcp import config_file
 from lhcp.checks import check_data, check_host_memory
 from lhcp.config import ConfigError, MemoryConfig, RunConfig, StageConfig, StageMode
+from lhcp.config.validation import validate
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.flops import peak_flops, step_flops
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check and measure; the exit code."""
     try:
         return _main(_arguments(argv))
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError) as error:
         tell(error)
         return 2
 
@@ -71,6 +74,8 @@ def _main(args: argparse.Namespace) -> int:
     modes = args.modes.split(",")
     if not set(modes) <= {"lighthouse", "dense"}:
         raise ConfigError(f"--modes {args.modes}: must be of lighthouse and dense, separated by commas")
+    if args.dense_layer and "lighthouse" not in modes:
+        raise ConfigError("--dense-layer takes all but attention from Lighthouse steps; measure those, too: --modes")
     if args.steps <= WARM_UP:
         raise ConfigError(f"--steps {args.steps}: must be at least {WARM_UP + 1}, the first {WARM_UP} are not timed")
     env = ProcessEnv.read()
@@ -81,6 +86,8 @@ def _main(args: argparse.Namespace) -> int:
         for mode in modes
     }
     device = env.device(config.device)
+    if args.dense_layer and device.type == "cpu":
+        raise ConfigError("--dense-layer takes the time of parts from a GPU's profile; leave it out on a CPU")
     for one in tried[modes[0]]:
         check_data(one)
         check_host_memory(one, env.local_world_size)
@@ -111,17 +118,18 @@ def setting(text: str) -> MemoryConfig:
     Raises:
         ConfigError: something else.
     """
-    mode, layers_, offload = (*text.split(":"), "", "")[:3]
-    try:
-        return MemoryConfig.model_validate(
-            {
-                "recompute": mode,
-                "recompute_layers": int(layers_) if layers_ else None,
-                "offload_layers": int(offload or 0),
-            }
-        )
-    except ValueError as error:
-        raise ConfigError(f"--memory {text}: RECOMPUTE[:RECOMPUTE_LAYERS[:OFFLOAD_LAYERS]], {error}") from None
+    match = re.fullmatch(r"(none|selective|full)(?::(\d*)(?::(\d*))?)?", text)
+    if match is None:
+        raise ConfigError(f"--memory {text}: RECOMPUTE[:RECOMPUTE_LAYERS[:OFFLOAD_LAYERS]], such as selective:12:4")
+    recompute, layers_, offload = match.groups()
+    return validate(
+        MemoryConfig,
+        {
+            "recompute": recompute,
+            "recompute_layers": int(layers_) if layers_ else None,
+            "offload_layers": int(offload or 0),
+        },
+    )
 
 
 def in_mode(config: RunConfig, mode: StageMode, steps: int, memory: MemoryConfig) -> RunConfig:
@@ -143,10 +151,10 @@ def check(tried: Sequence[RunConfig], device: torch.device) -> Record:
         plain = small.model_copy(update={"memory": MemoryConfig(), "compile": False})
         reference = reference or _gradients(plain, device)
         loss, gradients = _gradients(small, device)
-        errors = [float((gradients[n] - x).norm() / x.norm()) for n, x in reference[1].items()]
+        errors = torch.stack([(gradients[n] - x).norm() / x.norm() for n, x in reference[1].items()])
         found.append({
             "memory": small.memory.model_dump(),
-            "gradient_error": max(errors),
+            "gradient_error": float(errors.max()),  # not a number where one of them is not
             "loss_error": abs(loss - reference[0]) / abs(reference[0]),
         })  # fmt: skip
     passed = all(x["gradient_error"] <= GRADIENT_TOLERANCE and x["loss_error"] <= GRADIENT_TOLERANCE for x in found)
@@ -195,6 +203,8 @@ def measure(config: RunConfig, device: torch.device) -> Record:
     try:
         return found | _measure(config, device)
     except torch.OutOfMemoryError as error:
+        if dist.get_world_size() > 1:  # the others would wait for this rank
+            raise
         found |= {"fits": False, "error": str(error).partition(". ")[0]}
     finally:
         torch._dynamo.reset()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from benchmarks import train_step
 from benchmarks.common import Record, document, setting, table, tell, write_text
 from benchmarks.step_parts import PARTS
-from lhcp.config import ConfigError
+from lhcp.config import ConfigError, RunConfig
+from lhcp.config.validation import validate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,11 +90,8 @@ def _row(run: str, result: Record, mode: str, found: Record) -> list[str]:
 
 
 def _rows_attended(result: Record, mode: str) -> str:
-    attention, tokens = result["config"]["attention"], result["config"]["seq_len"]
-    if mode == "dense":
-        return "-"
-    levels, p = attention["num_levels"], attention["pooling_factor"]
-    return f"{tokens // p ** (levels - 1) + (levels - 1) * p * attention['topk']:,}"
+    run = validate(RunConfig, result["config"])
+    return "-" if mode == "dense" else f"{run.attention.subsequence_length(run.padded_len):,}"
 
 
 def _said(run: str, result: Record) -> Iterator[str]:
@@ -119,11 +117,8 @@ def _tried(run: str, result: Record) -> Iterator[list[str]]:
             memory = found["memory"]
             some = memory["recompute_layers"]
             recompute = memory["recompute"] + ("" if some is None else f" {some}")
-            fits = (
-                [f"{found['step']['p50_ms'] / 1e3:.3f}", f"{found['gpu_gib']:.1f}"]
-                if found["fits"]
-                else ["-", "too little"]
-            )
+            gib = f"{found['gpu_gib']:.1f}" if found.get("gpu_gib") else "-"
+            fits = [f"{found['step']['p50_ms'] / 1e3:.3f}", gib] if found["fits"] else ["-", "too little"]
             yield [f"{run}, {mode}", recompute, str(memory["offload_layers"]), *fits]
 
 

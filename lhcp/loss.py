@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lhcp.data import IGNORE
 
@@ -57,7 +58,7 @@ def linear_cross_entropy(
         softmax: `loss_and_gradient`, or that compiled.
 
     Returns:
-        A scalar in float32 (float64 of float64); 0 when no label counts.
+        A scalar in float32 (float64 of float64); 0 when no label counts. Its backward can run once.
     """
     out: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_BNE.flatten(0, 1), weight_VE, labels_BN.flatten(), softmax, chunk
@@ -88,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = (None if x is None else x.mul_(grad) for x in ctx.saved_tensors)
         return hidden_grad, weight_grad, None, None, None

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lhcp.config import ParallelConfig, RecomputeMode, RunConfig
 from lhcp.distributed import ContextParallel
@@ -60,11 +60,10 @@ def prepare_layers(model: Llama, config: RunConfig, device: torch.device) -> Non
     All of it lies inside the layers' `forward`, within the hooks that `shard_model` adds.
     """
     memory = config.memory
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    compiled = compiled and not config.attention.check_finite
+    compiled = config.compiles(device.type)
     offload = InputOffload(memory.offload_layers, device) if memory.offload_layers else None
     kept = _compiled(Block.forward) if compiled else Block.forward
-    again = _recomputed(memory.recompute, compiled)
+    again = _recomputed(memory.recompute)
     again = _compiled(again) if compiled else again
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
@@ -83,17 +82,12 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
 
-def _recomputed(mode: RecomputeMode, compiled: bool) -> Forward:
+def _recomputed(mode: RecomputeMode) -> Forward:
     """`Block.forward` that keeps its input and, of what it computes, what it selected and, if `selective`, attended."""
-    select, attend = torch.ops.lhcp.select.default, torch.ops.lhcp.attend.default
-
-    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        # The scorer `dilated` attends, too, without gradients. Compiled, only what backward needs is kept in any case.
-        attends = mode == "selective" and op is attend and (compiled or torch.is_grad_enabled())
-        return CheckpointPolicy.MUST_SAVE if attends or op is select else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = [torch.ops.lhcp.select.default] + ([torch.ops.lhcp.attend.default] if mode == "selective" else [])
 
     def forward(block: Block, *args: Any) -> Tensor:
-        contexts = partial(create_selective_checkpoint_contexts, policy)
+        contexts = partial(create_selective_checkpoint_contexts, kept)
         out: Tensor = checkpoint(Block.forward, block, *args, use_reentrant=False, context_fn=contexts)
         return out
 

@@ -193,6 +193,11 @@ class RunConfig(Section):
         evaluated = self.eval.modes if self.eval.sequences else []
         return "lighthouse" in {*evaluated, *(stage.mode for stage in self.stages)}
 
+    def compiles(self, device: str) -> bool:
+        """Whether layers and loss are compiled on a device of this type: `attention.check_finite` waits for each."""
+        wanted = device == "cuda" if self.compile is None else self.compile
+        return wanted and not (self.attention.check_finite and self._uses_lighthouse)
+
     @property
     def recomputed_layers(self) -> int:
         """How many layers, the first ones, run again in backward."""
@@ -216,7 +221,7 @@ class RunConfig(Section):
                 f"here {self.recomputed_layers}; lower it, or recompute more by memory.recompute: selective and "
                 f"recompute_layers"
             )
-        if self.compile and self.attention.check_finite and self._uses_lighthouse:
+        if self.compile and not self.compiles("cuda"):
             raise ConfigError(
                 "attention.check_finite waits for the GPU, which a compiled layer cannot; set compile: false"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName, Sharding
 from lhcp.distributed.communicator import Communicator, GroupCommunicator
 from lhcp.distributed.exchange import make_attend
-from lhcp.distributed.halo import exchange_halo
+from lhcp.distributed.halo import Halo
 from lhcp.distributed.order import joined
 from lhcp.distributed.sharding import ChunkLayout
 
@@ -77,6 +77,7 @@ class ContextParallel:
         self.layout = ChunkLayout(self.size, sharding)
         self.exchange = exchange
         self._communicator = communicator
+        self._halo = Halo(self.layout, communicator) if communicator is not None and self.size > 1 else None
         self._attend = make_attend(exchange, communicator, group, self.layout, block_backend)
 
     @property
@@ -168,9 +169,7 @@ class ContextParallel:
         Returns:
             The same shape and dtype; differentiable.
         """
-        if self._communicator is None or self.size == 1:
-            return torch.zeros_like(rows)
-        return exchange_halo(rows, self.layout, self._communicator)
+        return torch.zeros_like(rows) if self._halo is None else self._halo(rows)
 
     def all_shards(self, x: Tensor) -> Tensor:
         """Every rank's `x`, by rank: [W, ...] (collective)."""

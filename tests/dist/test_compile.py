@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lhcp.attention import LighthouseConfig
 from lhcp.attention.layers import layer_attentions
-from lhcp.config import ExchangeName, ModelConfig
+from lhcp.config import ExchangeName, ModelConfig, Sharding
 from lhcp.distributed import ContextParallel
 from lhcp.model.llama import Block
 from lhcp.model.rope import rope_tables
@@ -24,21 +24,27 @@ CONFIG = LighthouseConfig(num_levels=3, pooling_factor=2, topk=16, num_strata=4)
 
 
 @pytest.mark.parametrize(
-    ("config", "exchange"),
-    [(CONFIG, "ring"), (None, "ring"), (None, "ulysses")],
-    ids=["lighthouse", "dense", "ulysses"],
+    ("config", "exchange", "sharding", "backend"),
+    [
+        (CONFIG, "ring", "zigzag", "aot_eager"),
+        (None, "ring", "zigzag", "aot_eager"),
+        (None, "ulysses", "zigzag", "aot_eager"),
+        # Inductor gives operations another order; here the ranks' graphs differ in what needs what.
+        (CONFIG, "ring", "contiguous", "inductor"),
+    ],
+    ids=["lighthouse", "dense", "ulysses", "contiguous"],
 )
 def test_a_compiled_block_is_the_eager_one_on_two_ranks(
-    config: LighthouseConfig | None, exchange: ExchangeName
+    config: LighthouseConfig | None, exchange: ExchangeName, sharding: Sharding, backend: str
 ) -> None:
-    """Output and gradients, at two lengths."""
+    """Output and gradients, at two lengths (with Inductor at one)."""
 
     def rank_main(rank: int) -> list[float]:
-        cp = ContextParallel(dist.group.WORLD, exchange=exchange)
+        cp = ContextParallel(dist.group.WORLD, sharding, exchange)
         torch.manual_seed(0)
         block = Block(MODEL)
         (attention,) = layer_attentions(1, cp, config)
-        compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(block, fullgraph=True, backend=backend)
 
         def run(function: Any, length: int) -> list[Tensor]:
             x = torch.randn(1, length, MODEL.dim, generator=torch.Generator().manual_seed(1))
@@ -48,13 +54,13 @@ def test_a_compiled_block_is_the_eager_one_on_two_ranks(
             return [out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *block.parameters()])]
 
         errors = []
-        for length in (128, 192):
+        for length in (128, 192) if backend == "aot_eager" else (128,):
             pairs = zip(run(compiled, length), run(block, length), strict=True)
             errors += [float((a - b).norm() / b.norm()) for a, b in pairs]
         return errors
 
     for errors in run_ranks(2, rank_main, timeout=240):
-        assert max(errors) <= 1e-6
+        assert all(error <= 1e-6 for error in errors)
 
 
 def test_a_rank_without_a_gradient_joins_the_others() -> None:

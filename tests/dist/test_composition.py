@@ -14,6 +14,8 @@ from torch._dynamo.utils import counters
 
 from lhcp import offload, parallelize
 from lhcp.config import ConfigError, RunConfig, StageMode
+from lhcp.distributed.exchange.local import LocalExchange
+from lhcp.distributed.exchange.ring import RingExchange
 from lhcp.kernels.lighthouse import reference
 from lhcp.parallelize import full
 from ranks import run_ranks
@@ -37,7 +39,7 @@ def steps(
     config: RunConfig, backend: str, rank: int, stages: Sequence[StageMode] = STAGES
 ) -> tuple[list[Step], dict[str, int]]:
     """Gradients and loss of a step in each of `stages`, then an evaluation; and how often things happened."""
-    counts = {"select": 0, "fetch": 0}
+    counts = {"select": 0, "attend": 0, "fetch": 0}
 
     def counted(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -47,6 +49,8 @@ def steps(
         return call
 
     reference.select = counted("select", reference.select)
+    for exchange in (LocalExchange, RingExchange):
+        exchange.forward = counted("attend", exchange.forward)
     offload.InputOffload._fetch = counted("fetch", offload.InputOffload._fetch)
     parallelize.torch.compile = partial(torch.compile, backend=backend)
     counters.clear()
@@ -56,7 +60,9 @@ def steps(
         loss = trainer.gradients(step, trainer.attention(mode))
         found.append(({name: full(p.grad) for name, p in trainer.model.named_parameters()}, float(loss)))
     if "dense" in stages:
+        attended = counts["attend"]
         trainer.held_out("dense")
+        counts["attend"] = attended
     counts["graphs"] = counters["stats"]["unique_graphs"]
     return found, counts
 
@@ -95,6 +101,8 @@ def test_every_combination_computes_the_same(
         # Three Lighthouse steps select, in two layers, and once: a layer that runs again does not. (What a compiled
         # layer calls counts, too: the op's body runs at run time alone.)
         assert counts["select"] == 3 * passes * (LAYERS - 1)
+        again = config.recomputed_layers if settings["recompute"] == "full" else 0
+        assert counts["attend"] == 4 * passes * (LAYERS + again)
         # The last layer's input, where it is offloaded, is still on the device when backward begins.
         assert counts["fetch"] == 4 * passes * min(LAYERS - 1, settings.get("offload_layers", 0))
         if compiled:

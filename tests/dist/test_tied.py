@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lhcp.attention.layers import layer_attentions
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
 from lhcp.distributed import ContextParallel
@@ -47,8 +48,8 @@ def plain_gradients(config: RunConfig, weights: dict[str, Tensor], step: int) ->
     stream = torch.from_numpy(dataset.read(0, dataset.num_tokens))
     ids = sequence_ids(config.seed, step, config.global_batch_size, dataset.num_sequences(n)).tolist()
     tokens, labels = (torch.stack([stream[i * n + shift : (i + 1) * n + shift] for i in ids]) for shift in (0, 1))
-    alone = ContextParallel()
-    loss = untied(tokens, labels, torch.arange(n), lambda layer, q, k, v: alone.attend(q, k, v)) / labels.numel()
+    attention = layer_attentions(config.model.num_layers, ContextParallel(), None)
+    loss = untied(tokens, labels, torch.arange(n), attention) / labels.numel()
     loss.backward()
     found = {name: p.grad for name, p in untied.named_parameters() if p.grad is not None}
     found["embedding.weight"] += found.pop("output.weight")
