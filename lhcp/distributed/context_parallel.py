@@ -10,6 +10,7 @@ from torch import Tensor
 from lhcp.config import BlockBackendName, ConfigError, ExchangeName, Sharding
 from lhcp.distributed.communicator import Communicator, GroupCommunicator
 from lhcp.distributed.exchange import make_attend
+from lhcp.distributed.exchange.ops import register
 from lhcp.distributed.halo import Halo
 from lhcp.distributed.order import joined
 from lhcp.distributed.sharding import ChunkLayout
@@ -76,6 +77,7 @@ class ContextParallel:
         self.rank = 0 if communicator is None else communicator.rank
         self.layout = ChunkLayout(self.size, sharding)
         self.exchange = exchange
+        self.name = register(self)
         self._communicator = communicator
         self._halo = Halo(self.layout, communicator) if communicator is not None and self.size > 1 else None
         self._attend = make_attend(exchange, communicator, group, self.layout, block_backend)

@@ -111,6 +111,20 @@ def test_every_combination_computes_the_same(
             assert counts["graphs"] <= 1 + 3 * kinds
 
 
+def test_the_dilated_scorer_is_not_kept_and_changes_nothing(data: Path) -> None:
+    """Its two exchanges are not among what `selective` keeps, nor what a compiled layer could move."""
+    attention = {"num_levels": 3, "pooling_factor": 3, "topk": 24, "num_strata": 8, "scorer": "dilated", "dilation": 5}
+    plain = make_config(data, 1, 1, compile=False, attention=attention)
+    ((expected, _),) = run_ranks(1, partial(steps, plain, "inductor"))
+    settings = {"memory": MEMORY["offload-some"], "parallel": {"cp": 2, "sharding": "contiguous"}}
+    config = make_config(data, 1, 2, compile=True, attention=attention, **settings)
+    for found, counts in run_ranks(2, partial(steps, config, "aot_eager")):
+        for (gradients, loss), (reference_gradients, reference_loss) in zip(found, expected, strict=True):
+            assert largest_error(gradients, reference_gradients) <= 1e-12
+            assert loss == pytest.approx(reference_loss, rel=1e-12)
+        assert counts["attend"] == 4 * 4 * LAYERS + 3 * 4 * 2 * (LAYERS - 1)
+
+
 def test_inductor_computes_the_same(data: Path, plain: list[Step]) -> None:
     memory = {"recompute": "selective", "recompute_layers": 2, "offload_layers": 1}
     config = make_config(data, 1, 1, memory=memory, compile=True)
