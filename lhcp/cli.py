@@ -19,7 +19,7 @@ from lhcp.checks import check_files
 from lhcp.config import ConfigError
 from lhcp.config_file import CONFIG_FILE
 from lhcp.launch import cli as launch_cli
-from lhcp.launch import torchrun
+from lhcp.launch import grid, torchrun
 from lhcp.launch.cli import Overrides
 
 if TYPE_CHECKING:
@@ -119,6 +119,12 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes and seconds.")] = False,
 ) -> None:
     """Say what a run needs before it is paid for: memory, time, bytes, and the fastest settings that fit."""
+    if grid.is_grid(config):
+        common, elements = grid.load(config)
+        raise ConfigError(
+            f"{config} is a grid of {len(elements)} runs; plan {common}, with --set for what one of them changes, such "
+            f"as {' '.join(f'--set {change}' for change in elements[0].overrides) or 'nothing'}"
+        )
     found = planning.plan_run(config_file.load(config, overrides or ()), gpus, planning.GPUS[gpu], gpus_per_node)
     if as_json:
         print(json.dumps(planning.as_json(found), indent=2))

@@ -170,3 +170,9 @@ def test_train_starts_one_process_per_rank(
     refused = CliRunner().invoke(cli.app, [*arguments, "--profile.steps", "10:13", "--profile.memory"])
     assert str(refused.exception).startswith("profile.memory records the memory of a GPU, and the run is on CPUs")
     assert calls[3:] == []
+
+
+def test_a_grid_is_not_planned_as_one_run() -> None:
+    done = lhcp_command("plan", "launch/configs/sweep.yaml", "--gpus", "8", "--gpu", "h100", cwd=README.parent)
+    assert done.returncode == 2
+    assert "launch/configs/sweep.yaml is a grid of 16 runs; plan launch/configs/98k.yaml, with --set" in done.stderr

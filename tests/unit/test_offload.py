@@ -70,6 +70,17 @@ def test_two_forward_passes_do_not_share_their_inputs() -> None:
         losses[0].backward()
 
 
+def test_inputs_of_another_shape_have_other_host_memory() -> None:
+    """A smaller batch comes after a larger one, and the larger one again."""
+    offload = InputOffload(1, torch.device("cpu"))
+    layer = offload.around(0, lambda x: x.sin().sum())
+    for size in (5, 3, 5):
+        x = torch.randn(size, requires_grad=True)
+        layer(x).backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, x.detach().cos())
+
+
 def test_host_memory_that_is_not_there_is_missed_before_anything_starts() -> None:
     """A layer's input: 10^9 bytes, 4 of an element; what is free is known to within what others take meanwhile."""
     model = make_config(Path("unused"), 1, 1).model.model_copy(update={"dim": 250, "num_layers": 10**6})

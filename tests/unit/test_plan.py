@@ -18,7 +18,7 @@ from lhcp.launch import grid
 from lhcp.model.llama import Llama
 from lhcp.plan import GPUS, Gpu, Plan, as_json, plan_run, show
 from lhcp.plan.gpus import GIB
-from lhcp.plan.memory import Memory, memory_of
+from lhcp.plan.memory import Memory, exchange_buffers, memory_of
 from lhcp.plan.report import PARTS
 from lhcp.plan.share import Share, layers_of, share_of
 from lhcp.plan.time import Seconds, step_time
@@ -154,6 +154,39 @@ def test_a_moment_in_a_layer_by_hand() -> None:
     returning = planned("one-gpu/1m.yaml", "memory.offload_layers=30", gpus=1, gpu=H100).stages[0].memory
     assert returning.working["an input on its way from the host"] == row
     assert returning.host == 30 * row
+
+
+def test_buffers_of_exchanges_by_hand() -> None:
+    """1M over 8 ranks, r = 8,192 rows of S on each, K and V of 8 heads of 128: kv = 2,048 elements a row."""
+    ours, kv = 65_536 // 8, 2 * 1024
+    expected = {
+        "ring": ours * kv * (2 * 2 + 4 * 4),  # a block that computes and one that arrives; their gradients likewise
+        "allgather": 8 * ours * kv * (2 + 3 * 4),
+        "ulysses": ours * (2 * 1024 + kv) * 2,
+    }
+    for exchange, size in expected.items():
+        assert exchange_buffers(share("1m.yaml", f"parallel.exchange={exchange}", gpus=32), "lighthouse") == size
+
+
+def test_a_micro_batch_of_two_sequences() -> None:
+    """Twice the tokens at once: what layers keep doubles, the time of a step stays."""
+    both = ("global_batch_size=32", "memory.recompute=selective")
+    one = planned("98k.yaml", *both, gpus=1).stages
+    two = planned("98k.yaml", *both, "micro_batch_size=2", gpus=1).stages
+    for a, b in zip(one, two, strict=True):
+        assert sum(b.memory.kept.values()) == 2 * sum(a.memory.kept.values())
+        assert b.step.total == pytest.approx(a.step.total, rel=1e-9)
+
+
+def test_parameters_between_nodes_by_hand() -> None:
+    """Of 8 nodes of 8, seven eighths come over the network, which all GPUs of a node share; within one, over NVLink."""
+    slow = replace(B200, network=1e9, nvlink=1e15)
+    root, batch = 262_669_312, ("global_batch_size=64", "eval.sequences=0")
+    step = planned("98k.yaml", *batch, gpus=64, gpu=slow).stages[0].step
+    per_parameter = (2 + 4) * 7 / 8 / (1e9 * 8)
+    assert step.fsdp >= root * per_parameter  # once a micro-batch, besides what layers do not hide
+    alone = planned("98k.yaml", *batch, gpus=8, gpu=slow).stages[0].step
+    assert alone.fsdp < 1e-3
 
 
 def needs(mode: StageMode, **memory: Any) -> tuple[Memory, float]:
