@@ -69,7 +69,5 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def dense_logits(model: Llama, tokens_BN: Tensor) -> Tensor:
     """[B, N, V], with ordinary full attention."""
     context_parallel = ContextParallel()
-    hidden = model.hidden(
-        tokens_BN, torch.arange(tokens_BN.shape[1]), lambda _, q, k, v: context_parallel.attend(q, k, v)
-    )
+    hidden = model.hidden(tokens_BN, torch.arange(tokens_BN.shape[1]), [context_parallel.attend] * len(model.blocks))
     return hidden @ model.output.weight.T
