@@ -150,7 +150,7 @@ class Recorded:
     replay: list[Selection] | None = None
     seen: list[Selection] = field(default_factory=list)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config, cp = self.config.attention, self.cp
         if self.replay is None:
             selection = select(q, k, config, context_parallel=cp)
@@ -167,7 +167,7 @@ def recorded_gradients(
     trainer = make_trainer(config)
     cp = trainer.mesh.context_parallel
     attention = Recorded(config, cp, replay)
-    trainer.gradients(0, attention)
+    trainer.gradients(0, [attention] * config.model.num_layers)
     seen = [cp.unshard(s) if cp.size > 1 else s for s in attention.seen]
     return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, seen
 
