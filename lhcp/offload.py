@@ -54,6 +54,7 @@ class InputOffload:
         if layer not in self._host or not _alike(self._host[layer], x):
             self._host.pop(layer, None)
             self._host[layer] = _host_memory(x)
+        self._returning.pop(layer, None)  # of a backward that did not come to its end
         x = x.detach()
         self._leaving = layer, x, self._copy(self._host[layer], x)
 

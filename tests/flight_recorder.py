@@ -1,4 +1,4 @@
-"""What torch's flight recorder wrote: it knows no other format than a pickle."""
+"""What torch's recorders of collectives and of memory wrote: they know no other format than a pickle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
 
 
+def plain(path: Path) -> dict[str, Any]:
+    """The whole file."""
+    found: dict[str, Any] = _Plain(io.BytesIO(path.read_bytes())).load()
+    return found
+
+
 def entries(path: Path) -> list[dict[str, Any]]:
     """The collectives that were noted, the oldest first."""
-    trace = _Plain(io.BytesIO(path.read_bytes())).load()
-    return list(trace["entries"])
+    return list(plain(path)["entries"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flight_recorder
 from lhcp import config_file
 from lhcp.metrics import read_metrics
 from runs import make_config, write_data
@@ -53,7 +53,7 @@ def test_kernels_memory_and_the_same_losses(tmp_path: Path) -> None:
     assert kernels <= listed
     assert all(name.startswith(("Memcpy", "Memset")) for name in listed - kernels)
 
-    (trace,) = pickle.loads((folder / names[1]).read_bytes())["device_traces"]
+    (trace,) = flight_recorder.plain(folder / names[1])["device_traces"]
     allocations = [entry for entry in trace if entry["action"] == "alloc"]
     files = {frame["filename"] for entry in allocations for frame in entry["frames"]}
     assert any(name.endswith("lhcp/trainer.py") for name in files)
