@@ -81,6 +81,28 @@ def test_inputs_of_another_shape_have_other_host_memory() -> None:
         torch.testing.assert_close(x.grad, x.detach().cos())
 
 
+def test_a_backward_that_was_cut_short_leaves_nothing_to_the_next() -> None:
+    """Layer 0's input came back for a backward that ended in layer 1: the next pass has another input."""
+    offload = InputOffload(2, torch.device("cpu"))
+    first, second = (offload.around(layer, lambda x: x.sin()) for layer in (0, 1))
+
+    def stop(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    for interrupted in (True, False):
+        x = torch.full((3,), 2.0 if interrupted else 0.5, requires_grad=True)
+        hidden = first(x)
+        assert not offload._returning  # nor its memory
+        if interrupted:
+            hidden.register_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                second(hidden).sum().backward()
+        else:
+            second(hidden).sum().backward()
+            assert x.grad is not None
+            torch.testing.assert_close(x.grad, x.detach().sin().cos() * x.detach().cos())
+
+
 def test_host_memory_that_is_not_there_is_missed_before_anything_starts() -> None:
     """A layer's input: 10^9 bytes, 4 of an element; what is free is known to within what others take meanwhile."""
     model = make_config(Path("unused"), 1, 1).model.model_copy(update={"dim": 250, "num_layers": 10**6})
