@@ -53,7 +53,7 @@ class ForkedRun:
             if to is None or rank in to:
                 os.kill(self._pids[rank], number)
 
-    def wait(self, timeout: float = 60.0) -> list[int]:
+    def wait(self, timeout: float = 240.0) -> list[int]:
         """Exit codes by rank. When one has failed the others get a second, then SIGKILL, as with torchrun."""
         deadline = time.monotonic() + timeout
         while self.alive():

@@ -18,7 +18,7 @@ import torch._dynamo  # noqa: F401  (optimizers import it: once here, not in eve
 import torch.distributed as dist
 
 
-def run_ranks(world: int, function: Callable[[int], Any], timeout: float = 60.0) -> list[Any]:
+def run_ranks(world: int, function: Callable[[int], Any], timeout: float = 240.0) -> list[Any]:
     """Call `function(rank)` in `world` forked processes with a gloo default group; results by rank.
 
     Forked, so that closures and monkeypatches carry over and torch is not imported again. Raises

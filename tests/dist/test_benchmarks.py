@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Path:
 def start(nproc: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
     agent = [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}"]
     return subprocess.run(
-        [*agent, "-m", "benchmarks.scaling", *map(str, words)], capture_output=True, text=True, timeout=120,
+        [*agent, "-m", "benchmarks.scaling", *map(str, words)], capture_output=True, text=True, timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=REPOSITORY,
     )  # fmt: skip
 

@@ -194,7 +194,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         for name, run in runs.items():
             found[name] = Ended(run.wait(), (folder / f"{name}.txt").read_text(), folder / name)
         for name, process in launched.items():
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=180)
             found[name] = Ended([process.returncode], errors, folder / name)
     finally:
         for run in runs.values():

@@ -30,7 +30,7 @@ def preflight(nproc: int, node: str, out: Path, *more: str) -> subprocess.Comple
     command = [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}", "--no-python"]
     return subprocess.run(
         [*command, "bash", "-c", script],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=out.parent,
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=out.parent,
     )  # fmt: skip
 
 

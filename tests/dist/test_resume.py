@@ -62,7 +62,7 @@ def test_from_any_step_at_the_same_layout_bit_by_bit(whole: RunConfig) -> None:
     losses = [record["loss"] for record in read_metrics(whole.output_dir)]
     steps = range(1, STEPS) if whole.parallel.cp > 1 else (1, SWITCH - 1, SWITCH, SWITCH + 1, STEPS - 1)
     folders = [step_folder(whole.output_dir, step) for step in steps]
-    for outcomes in run_ranks(2, partial(go_on, whole, folders), timeout=120):
+    for outcomes in run_ranks(2, partial(go_on, whole, folders), timeout=240):
         for step, (state, after) in zip(steps, outcomes, strict=True):
             assert after == losses[step:]
             assert state.keys() == final.keys()
@@ -77,7 +77,7 @@ def test_at_another_layout_up_to_rounding(whole: RunConfig, data: Path, dp: int,
     losses = [record["loss"] for record in read_metrics(whole.output_dir)]
     steps = (5, SWITCH)
     folders = [step_folder(whole.output_dir, step) for step in steps]
-    for outcomes in run_ranks(dp * cp, partial(go_on, config, folders), timeout=120):
+    for outcomes in run_ranks(dp * cp, partial(go_on, config, folders), timeout=240):
         for step, (state, after) in zip(steps, outcomes, strict=True):
             np.testing.assert_allclose(after, losses[step:], rtol=1e-9)
             assert largest_error(state, final) <= 1e-9

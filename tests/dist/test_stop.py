@@ -44,14 +44,14 @@ def write_config(data: Path, run_dir: Path, **checkpoint: float) -> str:
     return str(path)
 
 
-def wait_for_file(path: Path, timeout: float = 60) -> None:
+def wait_for_file(path: Path, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.002)
 
 
-def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
+def wait_for_step(run_dir: Path, step: int, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done = read_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else []
@@ -71,7 +71,7 @@ def test_the_command_saves_and_is_resumed(
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(run_dir, 3)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)
     assert process.returncode == EXIT_STOPPED
     (step,) = published(run_dir)
     assert 4 <= step < STEPS
@@ -91,7 +91,7 @@ def test_a_signal_at_any_moment_of_the_start_means_to_start_again(data: Path, tm
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     assert process.returncode in (EXIT_STOPPED, -signal.SIGTERM)  # the latter before there is any handler
     assert "Traceback" not in err
     assert seconds < 1 or process.returncode == EXIT_STOPPED

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 def lhcp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from lhcp.cli import main; main()", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
@@ -120,7 +120,7 @@ def test_a_run_folder_is_never_overwritten(config: Path) -> None:
 
 def test_torchrun_with_a_wrong_number_of_processes_says_so(config: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "lhcp.train"]
-    result = subprocess.run([*command, str(config)], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*command, str(config)], capture_output=True, text=True, timeout=240)
     assert result.returncode != 0
     messages = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert messages == [

@@ -132,7 +132,7 @@ def test_gradient_accumulation_changes_nothing(data: Path) -> None:
 
 def test_the_training_curve_is_that_of_one_process(data: Path) -> None:
     """20 steps across the stage switch: losses, gradient norms, and the held-out loss of the result."""
-    results = [run_ranks(dp * cp, partial(curve_of, make_config(data, dp, cp)), timeout=120) for dp, cp in LAYOUTS]
+    results = [run_ranks(dp * cp, partial(curve_of, make_config(data, dp, cp)), timeout=240) for dp, cp in LAYOUTS]
     ((steps, held_out),) = results[0]
     assert steps[-1][0] < steps[0][0] - 1
     for ranks in results[1:]:

@@ -238,7 +238,7 @@ class Cluster:
         assert len(lines) == 1, f"{job_id} is not one job:\n" + "\n".join(lines)
         return _fields(lines[0])
 
-    def wait(self, job_id: int | str, states: str | Collection[str], timeout: float = 60) -> dict[str, str]:
+    def wait(self, job_id: int | str, states: str | Collection[str], timeout: float = 120) -> dict[str, str]:
         """Wait until a job is in one of the states, and return it. COMPLETING is a state of its own."""
         wanted = {states} if isinstance(states, str) else set(states)
         job: dict[str, str] = {}

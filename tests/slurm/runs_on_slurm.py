@@ -62,7 +62,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
-def wait_for_step(run_dir: Path, step: int, timeout: float = 60) -> None:
+def wait_for_step(run_dir: Path, step: int, timeout: float = 120) -> None:
     """Wait until a run has logged the step, from 0."""
 
     def reached() -> bool:

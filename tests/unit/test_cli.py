@@ -34,7 +34,7 @@ def lhcp_command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProce
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
 
 

@@ -38,7 +38,7 @@ def write_config(folder: Path, name: str) -> Path:
 
 def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-c", MAIN, "launch", "torchrun", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 def test_the_command(folder: Path) -> None:

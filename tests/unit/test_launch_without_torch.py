@@ -48,7 +48,7 @@ def python(site_packages: Path, *arguments: str | Path, cwd: Path) -> subprocess
     environment = {name: value for name, value in os.environ.items() if name != "LHCP_SITE"}
     environment |= {"PYTHONPATH": str(site_packages), "COLUMNS": "120", "NO_COLOR": "1", "HOME": str(cwd)}
     command = [sys.executable, "-S", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def lhcp_command(site_packages: Path, *arguments: str | Path, cwd: Path) -> str:
