@@ -44,7 +44,7 @@ def test_a_sweep_with_an_element_that_failed(runs: Runs, cluster: Cluster, tmp_p
     (job,) = submit.by_sbatch(prepare(request))
     assert job.elements == 4
     cluster.run("scancel", f"{job.job_id}_3")
-    states = [cluster.wait(f"{job.job_id}_{element}", ENDED, 120)["JobState"] for element in range(3)]
+    states = [cluster.wait(f"{job.job_id}_{element}", ENDED, 300)["JobState"] for element in range(3)]
     assert states == ["COMPLETED", "COMPLETED", "COMPLETED"]
     merged = report("scaling", job)
     assert merged.returncode == 1
@@ -102,7 +102,7 @@ def test_one_arm_goes_on_alone(runs: Runs, cluster: Cluster, tmp_path: Path) -> 
 def test_preflight(cluster: Cluster, tmp_path: Path) -> None:
     request = Request(template="preflight", out=tmp_path / "pre", options={"gpus-per-node": "1"}, site=SITE)
     (job,) = submit.by_sbatch(prepare(request))
-    shown = cluster.wait(job.job_id, ENDED, 120)
+    shown = cluster.wait(job.job_id, ENDED, 300)
     found = json.loads((tmp_path / "pre/preflight.json").read_text())
     assert sorted(found["nodes"]) == ["n1", "n2", "n3", "n4"]
     assert len(found["pairs"]) == 6

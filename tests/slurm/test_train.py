@@ -41,7 +41,7 @@ def test_a_run_on_two_nodes(runs: Runs, cluster: Cluster, tmp_path: Path) -> Non
     prolog.chmod(0o755)
     cluster.reconfigure(TaskProlog=prolog)
     job, run_dir = start(runs, "two-nodes", dp=2)
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 120)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 300)
     assert shown["JobState"] == "COMPLETED"
     assert (shown["NumNodes"], shown["TresPerNode"]) == ("2", "gres:gpu:b200:2")
     assert losses(run_dir) == runs.losses_alone(dp=2)
@@ -82,7 +82,7 @@ def test_preempted(runs: Runs, cluster: Cluster, expected: list[float], tmp_path
     options = ("--partition=gpu", "--nodes=4", "--exclusive", f"--output={tmp_path}/out")
     urgent = cluster.run("sbatch", "--parsable", *options, "--wrap=sleep 1").strip()
     cluster.wait(urgent, {"COMPLETED", "FAILED"})
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 90)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 300)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert losses(run_dir) == expected
     log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
@@ -107,7 +107,7 @@ def test_a_node_loses_power(runs: Runs, cluster: Cluster, expected: list[float])
     job, run_dir = start(runs, "power")
     wait_for_step(run_dir, 23)
     cluster.crash("n2")
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 90)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 300)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1")
     assert "n2" not in shown["NodeList"]
     assert losses(run_dir) == expected
@@ -128,7 +128,7 @@ def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) 
     wait_for_step(run_dir, 23)
     (rank,) = cluster.pids("n2", RANK)
     os.kill(rank, signal.SIGSTOP)
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 150)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 300)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0")
     assert losses(run_dir) == expected
     log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
@@ -143,7 +143,7 @@ def test_a_rank_is_stopped(runs: Runs, cluster: Cluster, expected: list[float]) 
 def test_a_crash_loop_ends(runs: Runs, cluster: Cluster) -> None:
     # Diverges: no step after the first is finite, and none may be skipped.
     job, run_dir = start(runs, "loop", optim={"lr": 1e30, "warmup_steps": 0, "max_skipped_steps": 0})
-    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 120)
+    shown = cluster.wait(job, {"COMPLETED", "FAILED"}, 300)
     log = (run_dir / "jobs/001" / f"slurm-{job}.out").read_text()
     assert (shown["JobState"], shown["ExitCode"]) == ("FAILED", "1:0")
     # Tried again in place once, then requeued, then no more.
@@ -217,7 +217,7 @@ def test_the_time_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> 
     assert len(ranks) == 2
     for rank in ranks:  # where they are, rather than train for a minute; Slurm lets them go on when it tells them
         os.kill(rank, signal.SIGSTOP)
-    shown = cluster.wait(job.job_id, {"COMPLETED", "FAILED", "TIMEOUT"}, 90)
+    shown = cluster.wait(job.job_id, {"COMPLETED", "FAILED", "TIMEOUT"}, 300)
     assert (shown["JobState"], shown["Restarts"], shown["TimeLimit"]) == ("COMPLETED", "1", "00:01:00")
     assert losses(runs.folder / "limit") == expected
     assert "stopped by SIGUSR1 after step" in (runs.folder / "limit/jobs/001" / f"slurm-{job.job_id}.out").read_text()
