@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -263,12 +262,6 @@ def setting(environment: Mapping[str, Any]) -> str:
     """What was measured on, in one line."""
     torch_version = environment["versions"]["torch"]
     return f"Measured on {', '.join(environment['devices'])} in {environment['dtype']}, torch {torch_version}."
-
-
-def tell(error: object) -> None:
-    """One message on stderr, its lines aligned."""
-    message = str(error).replace("\n", "\n       ")
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def read_names(path: Path | None) -> list[str]:

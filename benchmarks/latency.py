@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import layer as layers
 from benchmarks import stages
-from benchmarks.common import Record, environment, make_way, milliseconds, ratios, setting, table, tell, write_json
+from benchmarks.common import Record, environment, make_way, milliseconds, ratios, setting, table, write_json
 from lhcp import config_file
 from lhcp.attention import select
 from lhcp.config import BlockBackendName, ConfigError, LighthouseConfig
@@ -30,6 +30,7 @@ from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv
 from lhcp.distributed.exchange.block import block_backend
 from lhcp.kernels.lighthouse import kernels_for, reference
+from lhcp.metrics import tell
 
 NAME = "latency"
 MOST_LENGTHS = 8

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import latency
-from benchmarks.common import Record, document, setting, table, tell, write_text
+from benchmarks.common import Record, document, setting, table, write_text
 from lhcp.config import ConfigError
+from lhcp.metrics import tell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

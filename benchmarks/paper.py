@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lhcp
-from benchmarks.common import Record, document, make_way, software, table, tell, write_json, write_text
+from benchmarks.common import Record, document, make_way, software, table, write_json, write_text
 from lhcp import config_file
 from lhcp.config import ConfigError
+from lhcp.metrics import tell
 from lhcp.plan import GPUS, plan_run
 
 NAME = "paper"

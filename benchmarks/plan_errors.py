@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Record, document, make_way, software, table, tell, write_json, write_text
+from benchmarks.common import Record, document, make_way, software, table, write_json, write_text
 from benchmarks.train_step import read_result
 from lhcp.config import ConfigError, MemoryConfig, RunConfig, StageConfig
 from lhcp.config.validation import validate
+from lhcp.metrics import tell
 from lhcp.plan import GPUS, Gpu, plan_run
 
 NAME = "plan_errors"

@@ -25,13 +25,12 @@ from benchmarks.common import (
     read_names,
     software,
     table,
-    tell,
     write_json,
     write_text,
 )
 from lhcp.config import ConfigError, ParallelConfig, StageConfig
 from lhcp.config_file import CONFIG_FILE, read_mapping
-from lhcp.metrics import HELD_OUT, read_events
+from lhcp.metrics import HELD_OUT, read_events, tell
 from lhcp.progress import read_starts, read_steps
 
 NAME = "recoverability"

@@ -30,11 +30,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.common import Record, make_way, software, table, tell, write_json
+from benchmarks.common import Record, make_way, software, table, write_json
 from lhcp.config import ConfigError
 from lhcp.distributed.exchange import merge_kernel
 from lhcp.kernels.lighthouse import gather, pool, select
 from lhcp.kernels.lighthouse.pyramid import PyramidShape
+from lhcp.metrics import tell
 
 NAME = "resources"
 ARCHS = (90, 100)

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 
 from benchmarks import layer as layers
 from benchmarks import shares
-from benchmarks.common import Record, environment, make_way, read_names, tell, write_json
+from benchmarks.common import Record, environment, make_way, read_names, write_json
 from benchmarks.scaling_report import NAME, report, tables
 from lhcp import config_file
 from lhcp.config import ConfigError, ExchangeName, RunConfig
@@ -32,6 +32,7 @@ from lhcp.distributed.collectives import SharedError, on_rank_zero
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
 from lhcp.distributed.threads import ThreadCommunicator, run_threads
+from lhcp.metrics import tell
 from lhcp.parallelize import Mesh
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import layer as layers
-from benchmarks.common import Record, environment, make_way, percentiles, reset_peak_memory, table, tell, write_json
+from benchmarks.common import Record, environment, make_way, percentiles, reset_peak_memory, table, write_json
 from benchmarks.step_parts import AROUND, ATTENTION, PARTS, step_parts
 from lhcp import config_file
 from lhcp.checks import check_data, check_host_memory
@@ -36,6 +36,7 @@ from lhcp.config.validation import validate
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.flops import peak_flops, step_flops
+from lhcp.metrics import tell
 from lhcp.parallelize import Mesh, full
 from lhcp.trainer import Trainer
 from lhcp.watchdog import collective_timeout

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import train_step
-from benchmarks.common import Record, document, setting, table, tell, write_text
+from benchmarks.common import Record, document, setting, table, write_text
 from benchmarks.step_parts import PARTS
 from lhcp.config import ConfigError, RunConfig
 from lhcp.config.validation import validate
+from lhcp.metrics import tell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,14 +17,21 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
+NO_TORCH = f"this needs PyTorch, which {sys.executable} has not: pip install torch, or use a Python that has it"
+
+
 def command(config_path: Path, overrides: Sequence[str], nproc: int, flags: Sequence[str] = ()) -> list[str]:
-    """The command line that trains `config_path` in `nproc` processes of this machine.
+    """The command line that trains `config_path` in `nproc` processes of this machine."""
+    sets = [word for override in overrides for word in ("--set", override)]
+    return of_module("lhcp.train", [str(config_path), *sets, *flags], nproc)
+
+
+def of_module(module: str, words: Sequence[str], nproc: int) -> list[str]:
+    """The command line that runs a module with these arguments in `nproc` processes of this machine.
 
     `--standalone` makes torchrun pick a free port, so runs can share a machine.
     """
-    torchrun = [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}"]
-    sets = [word for override in overrides for word in ("--set", override)]
-    return [*torchrun, "-m", "lhcp.train", str(config_path), *sets, *flags]
+    return [sys.executable, "-m", "lhcp.agent", "--standalone", f"--nproc-per-node={nproc}", "-m", module, *words]
 
 
 def on_each_node(

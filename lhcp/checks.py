@@ -45,9 +45,9 @@ def check_data(config: RunConfig) -> None:
     Raises:
         ConfigError: no data, too little of it, or tokens the model cannot hold.
     """
-    _check_split(config, "train", 1)
+    check_split(config, "train", 1)
     if config.eval.sequences:
-        _check_split(config, "held_out", config.eval.sequences)
+        check_split(config, "held_out", config.eval.sequences)
 
 
 def check_host_memory(config: RunConfig, ranks: int) -> None:
@@ -98,7 +98,12 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"output_dir {folder}: no permission to write in {existing}; choose another")
 
 
-def _check_split(config: RunConfig, split: SplitName, sequences: int) -> None:
+def check_split(config: RunConfig, split: SplitName, sequences: int) -> None:
+    """Check that a split has so many sequences, of tokens that the model can hold.
+
+    Raises:
+        ConfigError: it has not.
+    """
     dataset = TokenDataset(config.data.path, split)
     if dataset.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -15,15 +15,17 @@ import typer
 import lhcp
 from lhcp import config_file
 from lhcp import plan as planning
+from lhcp.checkpoint.resume import find_checkpoint
 from lhcp.checks import check_files
 from lhcp.config import ConfigError
-from lhcp.config_file import CONFIG_FILE
+from lhcp.eval import cli as eval_cli
 from lhcp.launch import cli as launch_cli
 from lhcp.launch import grid, torchrun
 from lhcp.launch.cli import Overrides
+from lhcp.launch.torchrun import NO_TORCH
+from lhcp.metrics import tell
 
 if TYPE_CHECKING:
-    from lhcp.checkpoint.manifest import Checkpoint
     from lhcp.data import DatasetIndex
 
 app = typer.Typer(
@@ -34,10 +36,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Token files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(eval_cli.app, name="eval")
 app.add_typer(launch_cli.app, name="launch")
-
-
-NO_TORCH = f"this needs PyTorch, which {sys.executable} has not: pip install torch, or use a Python that has it"
 
 
 def main() -> None:
@@ -47,11 +47,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        print(f"error: {NO_TORCH}", file=sys.stderr)
+        tell(NO_TORCH)
         sys.exit(2)
     except (ConfigError, OSError) as error:
-        message = str(error).replace("\n", "\n       ")  # lines of one message, aligned
-        print(f"error: {message}", file=sys.stderr)
+        tell(error)
         sys.exit(2)
 
 
@@ -205,8 +204,9 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's model as a Hugging Face Llama, for transformers and whatever else reads those."""
-    checkpoint = _find_checkpoint(run, step)
     from lhcp.hf.export import export_model
+
+    checkpoint = find_checkpoint(run, step)
 
     done = export_model(checkpoint, to, dtype)
     manifest = checkpoint.manifest
@@ -243,24 +243,6 @@ def import_(
 
 def _size(written: int) -> str:
     return f"{written / 1e9:,.2f} GB" if written >= 1e9 else f"{written / 1e6:,.2f} MB"
-
-
-def _find_checkpoint(run: Path, step: int | None) -> Checkpoint:
-    """The newest checkpoint in a run folder, or that after `step` steps; or the one in the folder `run` itself."""
-    from lhcp.checkpoint.folder import published, step_folder
-    from lhcp.checkpoint.manifest import Checkpoint
-
-    steps = published(run)
-    if not run.is_dir():
-        raise ConfigError(f"{run}: no such folder; name a run folder or a checkpoint")
-    if not steps and (run / CONFIG_FILE).exists():
-        raise ConfigError(f"the run in {run} has no checkpoint yet")
-    if step is None:
-        return Checkpoint.open(step_folder(run, steps[-1]) if steps else run)
-    if step not in steps:
-        valid = ", ".join(map(str, steps)) or "none, it is no run folder with checkpoints"
-        raise ConfigError(f"{run} has no checkpoint after {step} steps; valid: {valid}")
-    return Checkpoint.open(step_folder(run, step))
 
 
 @app.command()

@@ -39,7 +39,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             file or an override cannot be read. What depends on several sections is checked by
             `RunConfig.resolve`.
     """
-    data = read_mapping(path)
+    return from_mapping(read_mapping(path), overrides)
+
+
+def from_mapping(data: dict[Any, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load`, from what a file holds; `data` may be changed."""
     for override in overrides:
         _apply_override(data, override)
     _expand_preset(data)

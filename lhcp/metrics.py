@@ -253,6 +253,12 @@ class _Board:
                 warn(f"TensorBoard files are incomplete: {error}")
 
 
+def tell(error: object) -> None:
+    """What the user can correct, as one message on stderr, its lines aligned."""
+    message = str(error).replace("\n", "\n       ")
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def warn(message: str) -> None:
     """Tell the user and the log of something that does not end the run."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

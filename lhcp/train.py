@@ -33,7 +33,7 @@ from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.distributed.exchange.block import block_backend
 from lhcp.distributed.exchange.ring_flash_attn import load_package
 from lhcp.lock import locked
-from lhcp.metrics import MetricsLogger, warn
+from lhcp.metrics import MetricsLogger, tell, warn
 from lhcp.parallelize import Mesh
 from lhcp.plot import plot_loss
 from lhcp.run import SaveError, run
@@ -92,12 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def tell(error: Exception) -> None:
-    """One message, its lines aligned."""
-    message = str(error).replace("\n", "\n       ")
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def use_deterministic_kernels() -> None:

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lhcp.attention.layers import AttentionFunction, layer_attentions
+from lhcp.attention.layers import AttentionFunction
 from lhcp.checkpoint.manifest import Checkpoint, Manifest
 from lhcp.checkpoint.state import create_moments, load, state_tensors
 from lhcp.checks import data_entry
 from lhcp.config import EvalMode, RunConfig
 from lhcp.data import IGNORE, BatchLoader, TokenDataset
 from lhcp.environment import now, versions
-from lhcp.eval.held_out import held_out_loss, no_attention
+from lhcp.eval.held_out import held_out_loss
 from lhcp.model.llama import Llama
+from lhcp.modes import attention_of
 from lhcp.optim import learning_rate, make_optimizer, set_learning_rate
 from lhcp.parallelize import Mesh, full, prepare_layers, shard_model, sum_over_ranks
 
@@ -75,12 +76,7 @@ class Trainer:
 
     def attention(self, mode: EvalMode) -> list[AttentionFunction]:
         """What each of the model's layers runs in a stage, or an evaluation, of this mode."""
-        config, layers = self.config, self.config.model.num_layers
-        if mode == "no_attention":
-            return [no_attention] * layers
-        lighthouse = config.attention if mode == "lighthouse" else None
-        valid_len = config.seq_len if config.padded_len > config.seq_len else None
-        return layer_attentions(layers, self.mesh.context_parallel, lighthouse, config.dense_layers, valid_len)
+        return attention_of(self.config, mode, self.mesh.context_parallel)
 
     def gradients(self, step: int, attention: Sequence[AttentionFunction]) -> Tensor:
         """Leave the gradients of `step`'s global mean loss in the parameters; return that loss, on every rank."""

@@ -55,6 +55,26 @@ def first_readable(run_dir: Path, which: str) -> Checkpoint | None:
     return None
 
 
+def find_checkpoint(run: Path, step: int | None) -> Checkpoint:
+    """The newest checkpoint in a run folder, or that after `step` steps; or the one in the folder `run` itself.
+
+    Raises:
+        ConfigError: there is none.
+        DamagedError: its manifest is not what was written.
+    """
+    steps = published(run)
+    if not run.is_dir():
+        raise ConfigError(f"{run}: no such folder; name a run folder or a checkpoint")
+    if not steps and (run / "config.yaml").exists():
+        raise ConfigError(f"the run in {run} has no checkpoint yet")
+    if step is None:
+        return Checkpoint.open(step_folder(run, steps[-1]) if steps else run)
+    if step not in steps:
+        valid = ", ".join(map(str, steps)) or "none, it is no run folder with checkpoints"
+        raise ConfigError(f"{run} has no checkpoint after {step} steps; valid: {valid}")
+    return Checkpoint.open(step_folder(run, step))
+
+
 def advice(run_dir: Path, which: str, damage: list[str]) -> str:
     """What to do when no checkpoint that `which` names is whole, `damage` being what is wrong with them."""
     if which == LAST_GOOD:

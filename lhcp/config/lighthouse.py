@@ -67,6 +67,14 @@ class LighthouseConfig(Section):
             return seq_len
         return min(seq_len + -seq_len % unit for unit in units.values())
 
+    def too_short(self, seq_len: int) -> bool:
+        """Whether sequences of `seq_len` tokens, padded, have fewer coarsest entries than `topk`: evaluated densely.
+
+        Raises:
+            ConfigError: as for `padded_length`.
+        """
+        return self.topk > self.padded_length(seq_len) // self.coarsest_window
+
     def resolve_padded(self, seq_len: int, num_chunks: int = 1) -> LighthouseConfig:
         """`resolve`, for sequences of `seq_len` tokens that are padded to `padded_length`; messages name `seq_len`."""
         units, strata = self._units(), self.num_strata
@@ -77,7 +85,7 @@ class LighthouseConfig(Section):
         length = self.padded_length(seq_len)
         if (derived := self._derived(length)) is not None and derived % num_chunks:
             raise ConfigError(self.model_copy(update={"num_strata": derived})._no_strata(seq_len, num_chunks))
-        if self.topk > length // self.coarsest_window:
+        if self.too_short(seq_len):
             padded = f" (padded to {length})" if length > seq_len else ""
             raise ConfigError(self._too_short(f"{seq_len}{padded}", length))
         return self.resolve(length, num_chunks)

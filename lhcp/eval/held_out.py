@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, held_out_batches
 from lhcp.model.llama import Llama
 from lhcp.parallelize import Mesh, sum_over_ranks
-
-
-def no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG001
-    """Every attention output zero: what a model does without its context, for comparison."""
-    return torch.zeros_like(q)
 
 
 @torch.no_grad()

@@ -92,6 +92,13 @@ class Llama(nn.Module):
         with record_function("loss"):  # its name in a profile
             return linear_cross_entropy(hidden_BNE, self.output.weight, labels_BN, softmax=self.loss_and_gradient)
 
+    def logits(
+        self, tokens_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction], index: int
+    ) -> Tensor:
+        """Of the token after the one at `index` of those held here: [B, vocabulary]. Arguments as for `hidden`."""
+        out: Tensor = self.output(self.hidden(tokens_BN, positions_N, attention)[:, index])
+        return out
+
     def hidden(self, tokens_BN: Tensor, positions_N: Tensor, attention: Sequence[AttentionFunction]) -> Tensor:
         """Normalised final hidden states, [B, N, E].
 

@@ -17,8 +17,8 @@ from lhcp.attention import select
 from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
 from lhcp.data import TokenDataset, sequence_ids
-from lhcp.eval.held_out import no_attention
 from lhcp.model.llama import Llama
+from lhcp.modes import no_attention
 from lhcp.parallelize import full
 from lhcp.presets import MODEL_PRESETS
 from ranks import run_ranks
