@@ -1,22 +1,28 @@
-"""What the switch to dense attention costs a run, and what it ends with: a table over the arms of a grid.
+"""Does a run that trains sparsely and ends densely get as good as one that is dense from scratch?
 
+    python -m benchmarks.recoverability run GRID --out DIR [--only PATTERN ...] [--set KEY=VALUE ...]
     python -m benchmarks.recoverability report DIR [--expect NAMES_FILE]
 
-DIR holds one run folder an arm, made by lhcp.train, finished or not. Exit codes: 0 all arms are there and finished,
-1 one is not, 2 something that the user can correct.
+`run` trains the arms of a grid (`launch/grid.py`) one after the other on this machine, each in its run folder DIR/ARM,
+and reports; called again, it goes on where it was: arms that are done stay as they are. On a cluster, `lhcp launch
+sbatch recoverability GRID --out DIR` runs the same arms as a job array. `report` compares what is there, finished or
+not, passkeys too where `lhcp eval passkey DIR/ARM --out DIR/ARM` was called. Exit codes: 0 all arms are there and
+finished, 1 one is not, 2 something that the user can correct, 75 told to stop.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.arms import FIRST_DENSE, grouped, is_dense, paired, read_arm, steady_hours
 from benchmarks.common import (
     NO_RESULT,
     Record,
@@ -28,39 +34,119 @@ from benchmarks.common import (
     write_json,
     write_text,
 )
-from lhcp.config import ConfigError, ParallelConfig, StageConfig
-from lhcp.config_file import CONFIG_FILE, read_mapping
-from lhcp.metrics import HELD_OUT, read_events, tell
-from lhcp.progress import read_starts, read_steps
+from benchmarks.recoverability_plot import plot
+from lhcp import config_file
+from lhcp.checks import check_files
+from lhcp.config import ConfigError
+from lhcp.config_file import CONFIG_FILE
+from lhcp.eval.report import mean, shares
+from lhcp.launch import grid, torchrun
+from lhcp.metrics import tell
+from lhcp.progress import read_steps
+from lhcp.stop import EXIT_STOPPED
 
 NAME = "recoverability"
-FIRST_DENSE = 100
-"""Steps after the switch among which the largest loss is looked for."""
-HEADER = ["arm", "stages", "before the switch", "spike", "back after", "final train loss", "held-out loss", "hours"]
+HEADER = ["arm", "stages", "before the switch", "spike", "back after", "final train loss", "held-out loss", "time"]
+SUMMARY = ["arm", "S / N", "runs", "held-out loss", "less dense", "spike", "back after", "time", "dense / it"]
 NOTES = (
     "Losses in nats per token. Train losses: means of the last 20 steps, of a tenth of a stage where it is shorter.",
     f"Spike: largest loss in the first {FIRST_DENSE} dense steps, less the loss before the switch.",
     "Back after: dense steps until such a mean is at or below the loss before the switch.",
-    "Hours: wall time of all steps, each counted once; without evaluations, saves and restarts.",
+    "Time: wall time of all steps, each counted once; without evaluations, saves and restarts.",
+)
+SUMMARY_NOTES = (
+    "Held-out loss: of the dense model at the end; mean over seeds, and from the lowest to the highest.",
+    "Less dense: the same less that of dense from scratch with the same seed, so on the same tokens in the same order.",
+    "Time: of all steps at the median of their stage, so without compilation. Dense / it: how many times less.",
 )
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One run of a grid, ready to start."""
+
+    name: str
+    folder: Path
+    overrides: list[str]
+    ranks: int
+    done: bool
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Report; the exit code."""
+    """Run or report; the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks.recoverability", description="Compare runs that switch to dense.")
-    command = parser.add_subparsers(required=True).add_parser("report", help="a table over the run folders in DIR")
+    commands = parser.add_subparsers(required=True, dest="command")
+    command = commands.add_parser("run", help="train the arms of a grid on this machine, and report")
+    command.add_argument("grid", type=Path, metavar="GRID")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the arms' run folders")
+    command.add_argument("--only", action="append", default=[], metavar="PATTERN", help="arms, such as 'dense,*'")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    command = commands.add_parser("report", help="a table over the run folders in DIR")
     command.add_argument("folder", type=Path, metavar="DIR")
     command.add_argument("--expect", type=Path, metavar="NAMES_FILE", help="names of arms that must be there")
     args = parser.parse_args(argv)
     try:
+        if args.command == "run":
+            return run(args.grid, args.out, args.only, args.overrides)
         return report(args.folder, read_names(args.expect))
     except ConfigError as error:
         tell(error)
         return 2
 
 
+def run(path: Path, out: Path, only: Sequence[str], overrides: Sequence[str]) -> int:
+    """Train the arms that are not done, one after the other, and report; see the module for the exit code.
+
+    Args:
+        path: a grid.
+        out: folder for the run folders.
+        only: patterns of names; none: all arms.
+        overrides: KEY=VALUE, on top of each arm's.
+
+    Raises:
+        ConfigError: any arm's configuration or data is wrong; nothing has been started.
+    """
+    common, arms = plan(path, out, only, overrides)
+    for number, arm in enumerate(arms, start=1):
+        print(f"arm {number} of {len(arms)}: {arm.name}{', done' if arm.done else ''}", flush=True)
+        if arm.done:
+            continue
+        code = torchrun.run(common, arm.overrides, arm.ranks, ["--resume", "last"])
+        if code in (EXIT_STOPPED, 130):
+            return code
+        if code:
+            print(f"{arm.name} ended with {code}; see {arm.folder}/logs", file=sys.stderr, flush=True)
+    return report(out, [arm.name for arm in arms])
+
+
+def plan(path: Path, out: Path, only: Sequence[str], overrides: Sequence[str]) -> tuple[Path, list[Arm]]:
+    """Check all arms of a grid before one starts: their common configuration, and what is to be done for each.
+
+    Raises:
+        ConfigError: see `run`.
+    """
+    common, elements = grid.load(path)
+    chosen = [e for e in elements if not only or any(fnmatchcase(e.name, pattern) for pattern in only)]
+    if not chosen:
+        names = ", ".join(element.name for element in elements)
+        raise ConfigError(f"--only {' '.join(only)}: no such arm in {path}; it has {names}")
+    arms = []
+    for element in chosen:
+        folder = out / element.name
+        settings = [*element.overrides, *overrides, f"output_dir={json.dumps(str(folder))}"]
+        try:
+            config = config_file.load(common, settings)
+            ranks = (config.parallel.dp or 1) * config.parallel.cp
+            check_files(config.resolve(ranks), "last")
+        except ConfigError as error:
+            raise ConfigError(f"{element.name}: {error}") from None
+        steps, _ = read_steps(folder)
+        arms.append(Arm(element.name, folder, settings, ranks, len(steps) >= config.total_steps))
+    return common, arms
+
+
 def report(folder: Path, expected: Sequence[str]) -> int:
-    """Write `recoverability.md` and `.json` in `folder` and print the first; 1 when an arm is missing or unfinished.
+    """Write `recoverability.md`, `.json` and `.png` in `folder` and print the first; 1 when an arm is unfinished.
 
     Raises:
         ConfigError: no such folder, or it cannot be written to.
@@ -81,98 +167,74 @@ def report(folder: Path, expected: Sequence[str]) -> int:
                 problems.pop(name, None)
             else:
                 problems[name] = f"unfinished: {arm['steps']:,} of {arm['total_steps']:,} steps"
-    rows = table(HEADER, [_row(name, arm) for name, arm in arms.items()])
-    text = document("Recoverability: from Lighthouse to dense attention", rows, NOTES, problems)
+    text = show(arms, problems)
     write_text(folder / f"{NAME}.md", text)
     write_json(
         folder / f"{NAME}.json",
         {"benchmark": NAME, "arms": arms, "problems": problems, "environment": software()},
     )
+    plot(arms, folder)
     print(text, end="")
     return 1 if problems or not arms else 0
 
 
-def read_arm(run_dir: Path) -> Record:
-    """The numbers of one run; None where there is none, or not yet.
-
-    Raises:
-        FileNotFoundError: it has logged nothing.
-        ConfigError, OSError, KeyError, TypeError, ValueError: a file is damaged.
-    """
-    config = read_mapping(run_dir / CONFIG_FILE)
-    stages = [StageConfig.model_validate(stage) for stage in config["stages"]]
-    parallel = ParallelConfig.model_validate(config["parallel"])
-    starts, (steps, _) = read_starts(run_dir), read_steps(run_dir)
-    if not steps:
-        raise FileNotFoundError(run_dir)
-    done, total = steps[-1]["step"] + 1, sum(stage.steps for stage in stages)
-    losses = {record["step"]: record["loss"] for record in steps if record["loss"] is not None}
-    return {
-        "stages": [stage.model_dump() for stage in stages],
-        "steps": done,
-        "total_steps": total,
-        "finished": done >= total,
-        **_at_switch(stages, losses, done),
-        "final_train_loss": _mean(losses, total, _window(stages[-1])) if done >= total else None,
-        "held_out_loss": _held_out(run_dir, done),
-        "hours": sum(record["step_s"] for record in steps) / 3600,
-        "ranks": (parallel.dp or 1) * parallel.cp,
-        "environment": starts[-1] if starts else None,
-    }
+def show(arms: Mapping[str, Record], problems: Mapping[str, str]) -> str:
+    """The report: arms summed up over seeds, passkeys where there are any, and each run."""
+    parts = [table(HEADER, [_row(name, arm) for name, arm in arms.items()])]
+    notes = list(NOTES)
+    if groups := grouped(arms):
+        parts.insert(0, "\n".join([table(SUMMARY, _summary(groups)), *(f"{n}  " for n in SUMMARY_NOTES), ""]))
+    if keys := _passkeys(arms):
+        parts.insert(1, keys)
+    return document("Recoverability: from Lighthouse to dense attention", "\n".join(parts), notes, problems)
 
 
-def _at_switch(stages: Sequence[StageConfig], losses: Mapping[int, float], done: int) -> Record:
-    """`loss_before`, `spike` and `recovered_after` of the last switch from Lighthouse to dense.
-
-    Args:
-        stages: of the run.
-        losses: by step, finite ones.
-        done: steps done.
-    """
-    values: Record = {"loss_before": None, "spike": None, "recovered_after": None}
-    starts = [0, *accumulate(stage.steps for stage in stages)]
-    switches = [i for i, (one, two) in enumerate(pairwise(stages)) if (one.mode, two.mode) == ("lighthouse", "dense")]
-    if not switches or done < (first := starts[switches[-1] + 1]):
-        return values
-    sparse, dense = stages[switches[-1]], stages[switches[-1] + 1]
-    stop = min(first + dense.steps, done)
-    before = values["loss_before"] = _mean(losses, first, _window(sparse))
-    start = {step: losses[step] for step in range(first, min(first + FIRST_DENSE, stop)) if step in losses}
-    if before is None or not start:
-        return values
-    peak = max(start, key=start.__getitem__)
-    values["spike"] = start[peak] - before
-    values["recovered_after"] = 0 if values["spike"] <= 0 else _back(losses, first, range(peak, stop), dense, before)
-    return values
+def _summary(groups: Mapping[str, Sequence[Record]]) -> list[list[str]]:
+    reference = [arm for group in groups.values() for arm in group if is_dense(arm)]
+    dense_hours = fmean(map(steady_hours, reference)) if reference else None
+    return [_summary_row(name, group, reference, dense_hours) for name, group in groups.items()]
 
 
-def _back(losses: Mapping[int, float], first: int, steps: range, stage: StageConfig, before: float) -> int | None:
-    """Steps from `first`, the first of `stage`, until among `steps` the mean loss is at or below `before`."""
-    for step in steps:
-        mean = _mean(losses, step + 1, min(_window(stage), step + 1 - first))
-        if mean is not None and mean <= before:
-            return step + 1 - first
-    return None
+def _summary_row(
+    name: str, group: Sequence[Record], reference: Sequence[Record], dense_hours: float | None
+) -> list[str]:
+    first = group[0]
+    share = "1" if first["subsequence"] is None else f"{first['subsequence'] / first['seq_len']:.2f}"
+    hours = fmean(map(steady_hours, group))
+    less = [] if is_dense(first) else paired(group, reference)
+    spikes = [arm["spike"] for arm in group if arm["spike"] is not None]
+    backs = [arm["recovered_after"] for arm in group if arm["recovered_after"] is not None]
+    back = f"{fmean(backs):,.0f}" if len(backs) == len(group) else "-"
+    return [
+        name, share, str(len(group)), _range([arm["held_out_loss"] for arm in group], ".4f"), _range(less, "+.4f"),
+        _range(spikes, "+.2f"), back, _time(hours), f"{dense_hours / hours:.2f}" if dense_hours and hours else "-",
+    ]  # fmt: skip
 
 
-def _window(stage: StageConfig) -> int:
-    """Steps of a stage that a loss is the mean of."""
-    return min(20, max(1, stage.steps // 10))
+def _time(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.2f} min"
 
 
-def _mean(losses: Mapping[int, float], stop: int, window: int) -> float | None:
-    """Of the `window` steps before `stop`; None where none of them was finite."""
-    found = [losses[step] for step in range(stop - window, stop) if step in losses]
-    return fmean(found) if found else None
+def _range(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    middle = format(fmean(values), form)
+    return middle if len(values) == 1 else f"{middle} ({format(min(values), form)} to {format(max(values), form)})"
 
 
-def _held_out(run_dir: Path, done: int) -> float | None:
-    """The last held-out loss of the dense model."""
-    events: list[Record] = []
-    with suppress(FileNotFoundError):
-        events = read_events(run_dir)
-    losses = [event["loss"] for event in events if event["event"] == HELD_OUT and event["step"] < done]
-    return losses[-1] if losses else None
+def _passkeys(arms: Mapping[str, Record]) -> str:
+    """Shares of passkeys found by each arm, by context, over all depths."""
+    found = {name: shares(r for r in arm["passkeys"]["rows"] if r["mode"] == "dense")
+             for name, arm in arms.items() if arm["passkeys"]}  # fmt: skip
+    if not found:
+        return ""
+    contexts = sorted({context for each in found.values() for row in each.values() for context in row})
+    rows = []
+    for name, each in found.items():
+        by_context = [[row[context] for row in each.values() if context in row] for context in contexts]
+        rows.append([name, *(f"{fmean(column):.0%}" if column else "-" for column in by_context), f"{mean(each):.0%}"])
+    header = ["passkeys found, context", *(f"{context:,}" for context in contexts), "mean"]
+    return table(header, rows)
 
 
 def _row(name: str, arm: Mapping[str, Any]) -> list[str]:
@@ -181,7 +243,7 @@ def _row(name: str, arm: Mapping[str, Any]) -> list[str]:
 
     stages = ", ".join(f"{stage['steps']:,} {stage['mode']}" for stage in arm["stages"])
     losses = [shown("loss_before", ".4f"), shown("spike", "+.4f"), shown("recovered_after", ",")]
-    last = [shown("final_train_loss", ".4f"), shown("held_out_loss", ".4f"), shown("hours", ",.2f")]
+    last = [shown("final_train_loss", ".4f"), shown("held_out_loss", ".4f"), _time(arm["hours"])]
     return [name, stages, *losses, *last]
 
 

@@ -33,12 +33,12 @@ class EvalRequest(Section):
     """Run file, where the checkpoint has no configuration, or in place of it."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE, on top of it."""
-    modes: Annotated[tuple[EvalMode, ...], Field(min_length=1)] = ("dense",)
+    modes: tuple[EvalMode, ...] = ("dense",)
     lengths: tuple[PositiveInt, ...] = ()
     """Tokens of a sequence or prompt. None: the run's, for passkeys also 4,096 and its doubles below."""
     samples: PositiveInt | None = None
     """Held-out sequences (None: as many as the run evaluates), or prompts of each length and depth."""
-    depths: Annotated[tuple[Percent, ...], Field(min_length=1)] = DEPTHS
+    depths: tuple[Percent, ...] = DEPTHS
     """Of passkeys."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of passkeys."""

@@ -136,7 +136,16 @@ def test_import_rules_see(tmp_path: Path, name: str, source: str, found: bool) -
 
 @pytest.mark.parametrize(
     "name",
-    ["lhcp.config", "lhcp.config_file", "lhcp.cli", "lhcp.launch.torchrun", "lhcp.plan", "lhcp.plot", "lhcp.status"],
+    [
+        "lhcp.config",
+        "lhcp.config_file",
+        "lhcp.cli",
+        "lhcp.eval.cli",
+        "lhcp.launch.torchrun",
+        "lhcp.plan",
+        "lhcp.plot",
+        "lhcp.status",
+    ],
 )
 def test_imports_no_torch(name: str) -> None:
     code = f"import sys, {name}; assert 'torch' not in sys.modules, 'torch is imported'"
