@@ -16,12 +16,10 @@ from benchmarks.common import table, timed, write_json
 from benchmarks.layer import Layer, complaint, shortened
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel
-from lhcp.metrics import MetricsLogger, StepMetrics
 
 CPU = torch.device("cpu")
 SMALL = Layer(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32", device=CPU)
 ATTENTION = LighthouseConfig(num_levels=3, pooling_factor=4, topk=16, num_strata=4)
-STAGES = [{"mode": "lighthouse", "steps": 40}, {"mode": "dense", "steps": 60}]
 
 
 def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
@@ -209,7 +207,8 @@ def config_file(tmp_path: Path) -> Path:
     values = {
         "output_dir": str(tmp_path / "run"), "seq_len": 512, "global_batch_size": 1, "device": "cpu",
         "model": {"preset": "tiny", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}, "parallel": {"cp": 4},
-        "data": {"path": "none"}, "attention": {"topk": 16, "num_strata": 8}, "stages": STAGES,
+        "data": {"path": "none"}, "attention": {"topk": 16, "num_strata": 8},
+        "stages": [{"mode": "lighthouse", "steps": 40}, {"mode": "dense", "steps": 60}],
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "run.yaml"
@@ -254,76 +253,3 @@ def test_latency_refuses(
 ) -> None:
     assert latency.main([str(config_file), "--out", str(tmp_path / "out.json"), *words]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
-def arm(folder: Path, name: str, steps: int, stages: list[dict[str, Any]] = STAGES, held_out: bool = True) -> None:
-    """A run whose loss is 2 before step 40, jumps to 3 there, and falls by 0.05 a step."""
-    run_dir = folder / name
-    with MetricsLogger(run_dir, 100) as logger:
-        for step in range(steps):
-            loss = 2.0 if step < 40 else 3.0 - 0.05 * (step - 40)
-            logger.log(StepMetrics(step, "-", loss, 1.0, 1e-3, step, 1.0, None, 1.0, 36.0))
-            if held_out and step % 10 == 9:
-                logger.event("held_out", loss=loss + 0.5)
-                logger.event("held_out_no_attention", loss=9.0)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump({"stages": stages, "parallel": {"dp": 2, "cp": 4}}))
-
-
-def test_recoverability_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arm(tmp_path, "finished", 100)
-    arm(tmp_path, "dense", 100, [{"mode": "dense", "steps": 100}], held_out=False)
-    arm(tmp_path, "short", 50)
-    arm(tmp_path, "before", 40)
-    arm(tmp_path, "empty", 0)
-    (tmp_path / "jobs" / "001").mkdir(parents=True)
-    (tmp_path / "names").write_text("finished\nshort\nabsent\n")
-    capsys.readouterr()
-    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
-    text = capsys.readouterr().out
-    assert text == (tmp_path / "recoverability.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if "|" in line]
-    # The mean of dense steps 19 to 24 is the first of six at or below 2: theirs are 2.1, 2.05, ... 1.85.
-    both = "40 lighthouse, 60 dense"
-    assert rows[2:] == [
-        ["before", both, "2.0000", "-", "-", "-", "2.5000", "0.40"],
-        ["dense", "100 dense", "-", "-", "-", "0.2750", "-", "1.00"],
-        ["finished", both, "2.0000", "+1.0000", "24", "0.1750", "0.5500", "1.00"],
-        ["short", both, "2.0000", "+1.0000", "-", "-", "3.0500", "0.50"],
-    ]
-    assert [line for line in text.splitlines() if line.startswith("- ")] == [
-        "- short: unfinished: 50 of 100 steps",
-        "- absent: no result: see its log",
-        "- before: unfinished: 40 of 100 steps",
-        "- empty: no step was logged: see its log",
-    ]
-    written = json.loads((tmp_path / "recoverability.json").read_text())
-    assert (written["arms"]["finished"]["recovered_after"], written["arms"]["finished"]["ranks"]) == (24, 8)
-
-
-def test_recoverability_of_finished_arms(tmp_path: Path) -> None:
-    arm(tmp_path, "one", 100)
-    (tmp_path / "names").write_text("one\n")
-    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 0
-    (tmp_path / "one" / "config.yaml").write_text("stages: 5")
-    assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
-    assert "- one: " in (tmp_path / "recoverability.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("losses", "spike", "back"),
-    [
-        ([1.0] * 40 + [0.9] * 60, -0.1, 0),
-        ([1.0] * 40 + [1.5] * 60, 0.5, None),
-        ([1.0] * 40 + [1.0, 4.0] + [0.5] * 58, 3.0, 8),  # the peak is in the mean of 6 until step 8
-        ([1.0] * 40 + [None] * 5 + [1.5] * 5 + [0.5] * 50, 0.5, 13),
-    ],
-)
-def test_spike_and_recovery(losses: list[float | None], spike: float, back: int | None, tmp_path: Path) -> None:
-    arm(tmp_path, "arm", 0)
-    with MetricsLogger(tmp_path / "arm", 100) as logger:
-        for step, loss in enumerate(losses):
-            value = math.nan if loss is None else loss
-            logger.log(StepMetrics(step, "-", value, 1.0, 1e-3, step, 1.0, None, 1.0, 1.0))
-    found = recoverability.read_arm(tmp_path / "arm")
-    assert found["spike"] == pytest.approx(spike)
-    assert found["recovered_after"] == back
