@@ -24,6 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults", "how much is broken (tests/dist/test_faults.py)")
-    group.addoption("--kills", type=int, default=60, help="kill -9 in runs, at random moments")
+    group.addoption("--kills", type=int, default=30, help="kill -9 in runs, at random moments")
     group.addoption("--damages", type=int, default=200, help="flipped bits and cut files, at random places")
     group.addoption("--fault-seed", type=int, default=0, help="of these moments and places")

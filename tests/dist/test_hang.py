@@ -255,11 +255,12 @@ def test_a_sleeping_rank_is_seen_in_its_stack(ended: dict[str, Ended]) -> None:
     assert run.codes == [EXIT_HUNG, EXIT_HUNG]
     what = f"all 2 ranks are alive and in step {HANGS_IN}, since {CLOCK}"
     assert re.fullmatch(message(run.run_dir, what), "\n".join(errors(run.output)))
-    for rank, function in enumerate(["wait", "asleep"]):
+    # On a slow machine the other has not come to the ring: it waits for the sleeper in the sum before.
+    for rank, function in enumerate(["(wait|all_reduce)", "asleep"]):
         text = run.log(f"hang-rank-{rank:05d}.txt")
         thread = re.search(r"main thread, the last below: (0x\w+)", text)[1]
         main = text.split(f"Thread {thread} (most recent call first):\n")[1].split("\n\n")[0]
-        assert f"in {function}\n" in main
+        assert re.search(f"in {function}\n", main)
         assert re.search(what, text)
     first, second = (datetime.fromisoformat(run.log(f"hang-rank-0000{rank}.txt").split(": ")[0]) for rank in (0, 1))
     assert abs(second - first) <= timedelta(seconds=0.25 * TIMEOUT_S), "each went by its own clock"
