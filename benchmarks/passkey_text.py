@@ -2,8 +2,9 @@
 
     python -m benchmarks.passkey_text --out FILE.jsonl --tokens 30000000 [--longest 16384] [--seed 1]
 
-A document is alphanumeric noise in which the same digit is stated two to five times, the last time at its end; its
-length is drawn log-uniformly. Noise and digits are drawn anew for each, from another seed than the evaluation's.
+A document is alphanumeric noise in which the same digit is stated twice or more often, the last time at its end. Its
+length and how often are drawn log-uniformly, so that many state it twice, far apart, and many often enough to learn
+from. Noise and digits are drawn anew for each, from another seed than the evaluation's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from lhcp.eval.prompts import STATEMENT, noise
 
 SHORTEST = 128
 """Tokens of a document."""
-MOST = 5
-"""Statements in one."""
+MOST_OFTEN = 64
+"""Tokens to a statement where there are most of them, in a document of five times that or more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def document(generator: np.random.Generator, longest: int) -> str:
     """One document of `SHORTEST` to `longest` bytes."""
-    length = round(float(np.exp(generator.uniform(np.log(SHORTEST), np.log(longest)))))
-    count = int(generator.integers(2, MOST + 1))
+    length = _log_uniform(generator, SHORTEST, longest)
+    count = _log_uniform(generator, 2, max(5, length // MOST_OFTEN))
     statement = STATEMENT.format(digit=generator.integers(10))
     filler = ByteTokenizer().decode(noise(generator, length - count * len(statement)))
     places = sorted(int(place) for place in generator.integers(len(filler) + 1, size=count - 1))
     parts = [filler[lo:hi] for lo, hi in zip([0, *places], [*places, len(filler)], strict=True)]
     return statement.join(parts) + statement
+
+
+def _log_uniform(generator: np.random.Generator, least: int, most: int) -> int:
+    return round(float(np.exp(generator.uniform(np.log(least), np.log(most)))))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_text_with_passkeys(tmp_path: Path) -> None:
         assert passkey_text.SHORTEST <= len(text) <= 2_000
         counts.add(len(found))
         digits.add(found[0])
-    assert counts == {2, 3, 4, 5}
+    assert {2, 3, 4, 5} < counts
+    assert max(counts) <= 2_000 // passkey_text.MOST_OFTEN
     assert digits == set(DIGITS)
     assert len(set(texts)) == len(texts)
