@@ -13,8 +13,9 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.common import Record
-from lhcp.config import LighthouseConfig, ParallelConfig, StageConfig
+from lhcp.config import EvalConfig, LighthouseConfig, ParallelConfig, StageConfig
 from lhcp.config_file import CONFIG_FILE, read_mapping
+from lhcp.eval.report import Shares, shares
 from lhcp.metrics import HELD_OUT, read_events
 from lhcp.progress import read_starts, read_steps
 
@@ -41,26 +42,31 @@ def read_arm(run_dir: Path) -> Record:
         raise FileNotFoundError(run_dir)
     done, total = steps[-1]["step"] + 1, sum(stage.steps for stage in stages)
     losses = {record["step"]: record["loss"] for record in steps if record["loss"] is not None}
+    evaluation = EvalConfig.model_validate(config.get("eval") or {})
     held_out = _held_out(run_dir, done)
-    last = [event["loss"] for event in held_out if event["mode"] == "dense"]
+    last = {event["mode"]: event["loss"] for event in held_out if event["steps"] == total}
+    evaluated = not evaluation.sequences or set(evaluation.modes) <= last.keys()
     return {
         "stages": [stage.model_dump() for stage in stages],
         "seed": config.get("seed", 0),
+        "global_batch_size": config.get("global_batch_size"),
+        "data": str((config.get("data") or {}).get("path")),
+        "eval_sequences": evaluation.sequences,
         **_attention(config, stages),
         "tokens": steps[-1]["tokens"],
         "steps": done,
         "total_steps": total,
-        "finished": done >= total,
-        **at_switch(stages, losses, done),
+        "finished": done >= total and evaluated,
+        **(switch := at_switch(stages, losses, done)),
+        "after_switch": _after_switch(switch["switch"], losses, done),
         "final_train_loss": mean_loss(losses, total, _window(stages[-1])) if done >= total else None,
-        "held_out_loss": last[-1] if last else None,
+        "held_out_loss": last.get("dense"),
         "held_out": held_out,
         "hours": sum(record["step_s"] for record in steps) / 3600,
         "seconds_per_step": _step_times(stages, steps),
         "ranks": (parallel.dp or 1) * parallel.cp,
         "curve": _curve(losses, done),
-        "after_switch": _after_switch(stages, losses, done),
-        "passkeys": _passkeys(run_dir),
+        "passkeys": _passkeys(run_dir, done),
         "environment": starts[-1] if starts else None,
     }
 
@@ -84,42 +90,35 @@ def _attention(config: Mapping[str, Any], stages: Sequence[StageConfig]) -> Reco
     }
 
 
-def switch_step(stages: Sequence[StageConfig]) -> int | None:
-    """The first dense step after the last Lighthouse stage."""
-    starts = [0, *accumulate(stage.steps for stage in stages)]
-    switches = [i for i, (one, two) in enumerate(pairwise(stages)) if (one.mode, two.mode) == ("lighthouse", "dense")]
-    return starts[switches[-1] + 1] if switches else None
-
-
 def at_switch(stages: Sequence[StageConfig], losses: Mapping[int, float], done: int) -> Record:
-    """`loss_before`, `spike` and `recovered_after` of the last switch from Lighthouse to dense.
+    """The last switch from Lighthouse to dense: its step, and what happened to the loss there.
+
+    `largest_before` is to the steps before the switch what `spike` is to those after it: how far single steps stray.
 
     Args:
         stages: of the run.
         losses: by step, finite ones.
         done: steps done.
     """
-    values: Record = {"loss_before": None, "spike": None, "recovered_after": None}
-    first = switch_step(stages)
-    if first is None or done < first:
+    values: Record = {"switch": None, "loss_before": None, "spike": None, "largest_before": None,
+                      "recovered_after": None}  # fmt: skip
+    starts = [0, *accumulate(stage.steps for stage in stages)]
+    switches = [i for i, (one, two) in enumerate(pairwise(stages)) if (one.mode, two.mode) == ("lighthouse", "dense")]
+    if not switches or done < (first := starts[switches[-1] + 1]):
         return values
-    sparse, dense = _around(stages, first)
+    sparse, dense = stages[switches[-1]], stages[switches[-1] + 1]
     stop = min(first + dense.steps, done)
+    values["switch"] = first
     before = values["loss_before"] = mean_loss(losses, first, _window(sparse))
     start = {step: losses[step] for step in range(first, min(first + FIRST_DENSE, stop)) if step in losses}
     if before is None or not start:
         return values
+    late = range(max(first - min(FIRST_DENSE, sparse.steps // 2), 0), first)
+    values["largest_before"] = max(losses[step] for step in late if step in losses) - before
     peak = max(start, key=start.__getitem__)
     values["spike"] = start[peak] - before
     values["recovered_after"] = 0 if values["spike"] <= 0 else _back(losses, first, range(peak, stop), dense, before)
     return values
-
-
-def _around(stages: Sequence[StageConfig], first: int) -> tuple[StageConfig, StageConfig]:
-    """The stages before and from step `first`."""
-    starts = list(accumulate((stage.steps for stage in stages), initial=0))
-    number = starts.index(first)
-    return stages[number - 1], stages[number]
 
 
 def _back(losses: Mapping[int, float], first: int, steps: range, stage: StageConfig, before: float) -> int | None:
@@ -185,18 +184,21 @@ def _curve(losses: Mapping[int, float], done: int) -> Record:
     return {"every": every, "loss": [None if mean is None else round(mean, 5) for mean in means]}
 
 
-def _after_switch(stages: Sequence[StageConfig], losses: Mapping[int, float], done: int) -> list[float | None]:
+def _after_switch(first: int | None, losses: Mapping[int, float], done: int) -> list[float | None]:
     """Step by step, where the spike is."""
-    first = switch_step(stages)
     steps = range(0) if first is None else range(first, min(first + 2 * FIRST_DENSE, done))
     return [round(losses[step], 5) if step in losses else None for step in steps]
 
 
-def _passkeys(run_dir: Path) -> Record | None:
-    with suppress(FileNotFoundError):
-        result: Record = json.loads((run_dir / PASSKEY_FILE).read_text(encoding="utf-8"))
-        return result
-    return None
+def _passkeys(run_dir: Path, done: int) -> Shares | None:
+    """What the dense model found, of the checkpoint after the last step; None of any other, or of a damaged file."""
+    try:
+        result = json.loads((run_dir / PASSKEY_FILE).read_text(encoding="utf-8"))
+        if result["task"] != "passkey" or result["step"] != done:
+            return None
+        return shares(row for row in result["rows"] if row["mode"] == "dense") or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def grouped(arms: Mapping[str, Record]) -> dict[str, list[Record]]:
@@ -213,7 +215,18 @@ def is_dense(arm: Mapping[str, Any]) -> bool:
     return {stage["mode"] for stage in arm["stages"]} == {"dense"}
 
 
-def paired(group: Iterable[Record], reference: Iterable[Record]) -> list[float]:
-    """Differences of held-out loss between runs of the same seed, and so of the same data in the same order."""
-    others = {arm["seed"]: arm["held_out_loss"] for arm in reference}
-    return [arm["held_out_loss"] - others[arm["seed"]] for arm in group if arm["seed"] in others]
+def is_reference(arm: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a run is dense, and another's measure: of the same seed, on the same tokens in the same order."""
+    keys = ("seed", "seq_len", "global_batch_size", "total_steps", "data", "eval_sequences")
+    return is_dense(arm) and all(arm[key] == other[key] for key in keys)
+
+
+def against_dense(group: Iterable[Record], arms: Iterable[Record]) -> list[tuple[Record, Record]]:
+    """The runs of a group for which there is one reference among the arms, each with it."""
+    pairs = [(arm, [other for other in arms if is_reference(other, arm)]) for arm in group]
+    return [(arm, found[0]) for arm, found in pairs if len(found) == 1]
+
+
+def less_dense(group: Iterable[Record], arms: Iterable[Record]) -> list[float]:
+    """Held-out losses less those of their references."""
+    return [arm["held_out_loss"] - dense["held_out_loss"] for arm, dense in against_dense(group, list(arms))]

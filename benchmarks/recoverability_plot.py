@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.arms import grouped, is_dense, paired, without_seed
+from benchmarks.arms import grouped, is_dense, less_dense, without_seed
 from benchmarks.common import Record
-from lhcp.eval.report import plot_passkeys, shares
+from lhcp.eval.report import plot_passkeys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,37 +42,37 @@ def plot(arms: Mapping[str, Record], folder: Path) -> list[Path]:
         by_step, at_switch, by_time = figure.subplots(1, 3)
         _draw(by_step, curves, "loss by step", "step", _steps)
         _draw_switch(at_switch, curves)
-        _draw(by_time, curves, "loss by time (compilation left out)", "minutes", _minutes)
+        _draw(by_time, curves, "loss by time", "minutes, each step at the median of its stage", _minutes)
         handles, labels = by_step.get_legend_handles_labels()
-        by_step.legend(handles, labels, frameon=False, fontsize=9)
+        by_step.legend(handles, labels, frameon=False, fontsize=9, title="one line a seed", title_fontsize=9)
+        for switch in sorted({arm["switch"] for group in curves.values() for arm in group if arm["switch"]}):
+            by_step.axvline(switch + 0.5, color="#999999", linewidth=0.8, zorder=0)
         by_step.set_ylabel("training loss (nats per token)", color=_TEXT)
         paths.append(folder / "recoverability.png")
         figure.savefig(paths[-1])
     groups = grouped(arms)
-    reference = [arm for group in groups.values() for arm in group if is_dense(arm)]
-    less = {name: paired(group, reference) for name, group in groups.items() if not is_dense(group[0])}
+    every = [arm for group in groups.values() for arm in group]
+    less = {name: less_dense(group, every) for name, group in groups.items() if not is_dense(group[0])}
     less = {name: values for name, values in less.items() if values}
     if len(less) > 1:
         figure = Figure(figsize=(7, 1.2 + 0.32 * len(less)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        _draw_less(figure.subplots(), less, [arm["held_out_loss"] for arm in reference])
+        _draw_less(figure.subplots(), less)
         paths.append(folder / "arms.png")
         figure.savefig(paths[-1])
-    found = {name: shares(row for row in arm["passkeys"]["rows"] if row["mode"] == "dense")
-             for name, arm in arms.items() if arm["passkeys"]}  # fmt: skip
+    found = {name: arm["passkeys"] for name, arm in arms.items() if arm["passkeys"]}
     if found and plot_passkeys(found, folder / "passkeys.png"):
         paths.append(folder / "passkeys.png")
     return paths
 
 
 def _main_arms(arms: Mapping[str, Record]) -> dict[str, list[Record]]:
-    """Those that were run most often, dense first: what was tried once would hide them."""
+    """Those that were run with several seeds, if any were, dense first: what was tried once would hide them."""
     groups: dict[str, list[Record]] = {}
     for name, arm in arms.items():
         groups.setdefault(without_seed(name), []).append(arm)
-    most = max(map(len, groups.values()), default=0)
-    kept = {name: group for name, group in groups.items() if len(group) == most}
-    return dict(sorted(kept.items(), key=lambda item: not is_dense(item[1][0])))
+    several = {name: group for name, group in groups.items() if len(group) > 1}
+    return dict(sorted((several or groups).items(), key=lambda item: not is_dense(item[1][0])))
 
 
 def _coloured(groups: Mapping[str, list[Record]]) -> list[tuple[str, str, list[Record]]]:
@@ -110,29 +110,25 @@ def _minutes(arm: Mapping[str, Any], every: int, count: int) -> list[float]:
 
 
 def _draw_switch(axes: Axes, groups: Mapping[str, list[Record]]) -> None:
-    """Step by step, less the loss before the switch."""
+    """Step by step, minus the loss before the switch; the steps before it as far as the curve is not thinned."""
     for name, colour, group in _coloured(groups):
         for number, arm in enumerate(group):
             if arm["loss_before"] is None or not arm["after_switch"]:
                 continue
-            curve, every = arm["curve"]["loss"], arm["curve"]["every"]
-            first = next(i for i, stage in enumerate(arm["stages"]) if stage["mode"] == "dense" and i)
-            steps = sum(stage["steps"] for stage in arm["stages"][:first])
-            before = curve[max(0, steps - _BEFORE) : steps] if every == 1 else []
+            curve, first = arm["curve"], arm["switch"]
+            before = curve["loss"][max(0, first - _BEFORE) : first] if curve["every"] == 1 else []
             y = [math.nan if value is None else value - arm["loss_before"]
                  for value in [*before, *arm["after_switch"][:_AFTER]]]  # fmt: skip
             x = range(-len(before) + 1, len(y) - len(before) + 1)
             axes.plot(x, y, color=colour, linewidth=1.1, alpha=0.85, label=None if number else name)
     axes.axhline(0, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.axvline(0.5, color="#999999", linewidth=0.8)
-    _dress(axes, "from Lighthouse to dense", "steps after the switch")
-    axes.set_ylabel("loss less that before", color=_TEXT)
+    _dress(axes, "Lighthouse | dense", "steps after the switch")
+    axes.set_ylabel("training loss minus that before the switch", color=_TEXT)
 
 
-def _draw_less(axes: Axes, less: Mapping[str, Sequence[float]], dense: Sequence[float]) -> None:
-    """What each arm ends with, less dense from scratch with the same seed; grey: how far dense runs differ."""
-    spread = max(dense) - min(dense)
-    axes.axvspan(-spread, spread, color="#e6edf6", linewidth=0, zorder=0)
+def _draw_less(axes: Axes, less: Mapping[str, Sequence[float]]) -> None:
+    """What each arm ends with, minus dense from scratch with the same seed: a point a seed."""
     axes.axvline(0, color=_DENSE, linewidth=1)
     order = sorted(less, key=lambda name: fmean(less[name]), reverse=True)
     for y, name in enumerate(order):
@@ -141,7 +137,7 @@ def _draw_less(axes: Axes, less: Mapping[str, Sequence[float]], dense: Sequence[
             axes.plot([min(less[name]), max(less[name])], [y, y], color=_COLOURS[0], linewidth=1)
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
-    _dress(axes, "held-out loss less that of dense from scratch, same seed", "nats per token")
+    _dress(axes, "held-out loss minus that of dense from scratch, a point a seed", "nats per token: better < 0 < worse")
     axes.grid(axis="x", color="#eeeeee", linewidth=0.8)
 
 

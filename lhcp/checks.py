@@ -28,7 +28,7 @@ def check_files(config: RunConfig, resume: str | None = None, allowed: Collectio
             is missing, damaged or of another configuration.
     """
     check_data(config)
-    _check_writable(config.output_dir)
+    check_writable("output_dir", config.output_dir)
     if resume is not None:
         if checkpoint := first_readable(config.output_dir, resume):
             check_meaning(checkpoint, config, data_entry(config), allowed)
@@ -89,13 +89,17 @@ def data_entry(config: RunConfig) -> DataEntry:
     return DataEntry(fingerprint=dataset.fingerprint, tokenizer=dataset.index.tokenizer, vocab_size=dataset.vocab_size)
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to."""
+def check_writable(name: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        ConfigError: calling it `name`.
+    """
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise ConfigError(f"output_dir {folder}: {existing} is not a folder; choose another")
+        raise ConfigError(f"{name} {folder}: {existing} is not a folder; choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir {folder}: no permission to write in {existing}; choose another")
+        raise ConfigError(f"{name} {folder}: no permission to write in {existing}; choose another")
 
 
 def check_split(config: RunConfig, split: SplitName, sequences: int) -> None:

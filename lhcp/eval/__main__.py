@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lhcp.checkpoint.choose import damage
 from lhcp.checkpoint.state import load
 from lhcp.checks import data_entry
 from lhcp.config import ConfigError, RunConfig
-from lhcp.data import TokenDataset
-from lhcp.distributed.collectives import SharedError
+from lhcp.data import TokenDataset, verify_shards
+from lhcp.distributed.collectives import SharedError, complaints
 from lhcp.distributed.env import ProcessEnv, process_group
 from lhcp.environment import now, versions
 from lhcp.eval.held_out import held_out_loss
@@ -70,6 +71,10 @@ def evaluate(request: EvalRequest, prepared: Prepared, device: torch.device) -> 
     checkpoint, config = prepared.checkpoint, prepared.cases[0].config
     if found := damage(checkpoint.folder):
         raise SharedError(found[0])
+    if request.task == "loss" and config.data.verify:
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        if found := complaints(lambda: verify_shards(config.data.path, rank, ranks)):
+            raise SharedError(found[0])
     mesh = Mesh.build(config.parallel, device)
     model = Llama(config.model).to(device=device, dtype=getattr(torch, config.dtype))
     prepare_layers(model, config, device)
@@ -117,4 +122,7 @@ def _environment(config: RunConfig, device: torch.device) -> Record:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lhcp.checkpoint.resume import find_checkpoint
+from lhcp.checks import check_writable
 from lhcp.config import ConfigError
 from lhcp.config.validation import validate
 from lhcp.eval.prompts import DEPTHS
@@ -30,7 +31,7 @@ Mode = Annotated[
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A run's YAML file, if not the one that the checkpoint holds.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for the result as JSON, and its picture.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the result as JSON, and a picture of passkeys.")]
 
 
 @app.command()
@@ -65,7 +66,7 @@ def passkey(
     depths: Annotated[str, typer.Option(help="Where the digit stands, per cent of the noise before it.")] = ",".join(
         f"{depth:g}" for depth in DEPTHS
     ),
-    samples: Annotated[int | None, typer.Option(help="Prompts of each context and depth, if not 20 a replica.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts of each context and depth; left out, 20 x dp.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -88,8 +89,8 @@ def _evaluate(
 ) -> None:
     """Check a request, start the processes, and show what they found."""
     checkpoint = find_checkpoint(run, step)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is not a folder; choose another")
+    if out is not None:
+        check_writable("--out", out)
     given = {key: value for key, value in values.items() if value is not None}
     request = validate(
         EvalRequest,

@@ -43,7 +43,11 @@ def write(result: Record, out: Path) -> list[Path]:
     partial.replace(path)
     if result["task"] == "loss":
         return [path]
-    panels = {mode: shares(row for row in result["rows"] if row["mode"] == mode) for mode in _modes(result["rows"])}
+    panels = {}
+    for mode in _modes(result["rows"]):
+        mine = [row for row in result["rows"] if row["mode"] == mode]
+        short = [_short(length) for length in dict.fromkeys(r["length"] for r in mine if r["attended"] != mode)]
+        panels[mode + (f" ({', '.join(short)}: dense)" if short else "")] = shares(mine)
     picture = plot_passkeys(panels, out / "passkey.png")
     return [path, picture] if picture else [path]
 
@@ -114,12 +118,13 @@ def plot_passkeys(panels: Mapping[str, Shares], path: Path) -> Path | None:
         print(f"no {path.name}: it needs matplotlib (pip install matplotlib)")
         return None
     contexts = len(next(iter(next(iter(panels.values())).values())))
-    figure = Figure(figsize=(1.2 + (0.9 + 0.62 * contexts) * len(panels), 3.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1.4 + (0.9 + 0.62 * max(3, contexts)) * len(panels), 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, table) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _panel(axes, f"{title}: {mean(table):.0%}", table)
+        _panel(axes, f"{title}, mean {mean(table):.0%}", table)
+    figure.suptitle("passkeys found; chance is 10%", fontsize=11, color="#333333")
     figure.supxlabel("tokens of context", fontsize=10, color="#333333")
-    figure.supylabel("depth of the passkey", fontsize=10, color="#333333")
+    figure.supylabel("depth (0%: at the start)", fontsize=10, color="#333333")
     figure.savefig(path)
     return path
 
@@ -135,7 +140,10 @@ def _panel(axes: Axes, title: str, table: Shares) -> None:
     axes.set_title(title, fontsize=10, color="#333333")
     axes.set_xticks(range(len(contexts)), [_short(context) for context in contexts])
     axes.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths])
-    axes.tick_params(length=0, labelsize=8, colors="#333333")
+    axes.set_xticks([x - 0.5 for x in range(1, len(contexts))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(depths))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0, labelsize=8, colors="#333333")
     axes.spines[:].set_visible(False)
 
 

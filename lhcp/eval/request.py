@@ -13,10 +13,11 @@ from lhcp import config_file
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checks import check_split
 from lhcp.config import ConfigError, EvalConfig, EvalMode, RunConfig, Section, StageConfig
-from lhcp.config.section import PositiveInt, nearest_multiples
+from lhcp.config.section import nearest_multiples
 from lhcp.data import ByteTokenizer
 from lhcp.eval.prompts import DEPTHS, SHORTEST
 
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 _FIRST_CONTEXT = 4_096
 # What a checkpoint's tensors have no shape for, so that a configuration may change it.
@@ -34,9 +35,9 @@ class EvalRequest(Section):
     overrides: tuple[str, ...] = ()
     """KEY=VALUE, on top of it."""
     modes: tuple[EvalMode, ...] = ("dense",)
-    lengths: tuple[PositiveInt, ...] = ()
-    """Tokens of a sequence or prompt. None: the run's, for passkeys also 4,096 and its doubles below."""
-    samples: PositiveInt | None = None
+    lengths: tuple[Count, ...] = ()
+    """Tokens of a sequence or prompt. Empty: the run's, for passkeys also 4,096 and its doubles below."""
+    samples: Count | None = None
     """Held-out sequences (None: as many as the run evaluates), or prompts of each length and depth."""
     depths: tuple[Percent, ...] = DEPTHS
     """Of passkeys."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,12 @@ import pytest
 import yaml
 
 from benchmarks import recoverability
-from benchmarks.arms import paired, read_arm, steady_hours, without_seed
+from benchmarks.arms import less_dense, read_arm, steady_hours, without_seed
 from lhcp import config_file
 from lhcp.launch import grid
 from lhcp.metrics import MetricsLogger, StepMetrics, read_metrics
 from runs import make_config, write_data
+from waiting import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = [{"mode": "lighthouse", "steps": 40}, {"mode": "dense", "steps": 60}]
@@ -52,14 +57,14 @@ def test_recoverability_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert recoverability.main(["report", str(tmp_path), "--expect", str(tmp_path / "names")]) == 1
     text = capsys.readouterr().out
     assert text == (tmp_path / "recoverability.md").read_text()
-    rows = [row for row in cells(text) if len(row) == 8]
+    rows = [row for row in cells(text) if len(row) == 9 and row[0] != "run"]
     # The mean of dense steps 19 to 24 is the first of six at or below 2: theirs are 2.1, 2.05, ... 1.85.
     both = "40 lighthouse, 60 dense"
-    assert rows[2:] == [
-        ["before", both, "2.0000", "-", "-", "-", "2.5000", "24.00 min"],
-        ["dense", "100 dense", "-", "-", "-", "0.2750", "-", "1.0 h"],
-        ["finished", both, "2.0000", "+1.0000", "24", "0.1750", "0.5500", "1.0 h"],
-        ["short", both, "2.0000", "+1.0000", "-", "-", "3.0500", "30.60 min"],
+    assert rows[-4:] == [
+        ["before", both, "2.0000", "-", "-", "-", "-", "-", "24.00 min"],
+        ["dense", "100 dense", "-", "-", "-", "-", "0.2750", "-", "1.0 h"],
+        ["finished", both, "2.0000", "+0.0000", "+1.0000", "24", "0.1750", "0.5500", "1.0 h"],
+        ["short", both, "2.0000", "+0.0000", "+1.0000", "-", "-", "-", "30.60 min"],
     ]
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
         "- short: unfinished: 50 of 100 steps",
@@ -123,7 +128,7 @@ def test_arms_are_summed_up_over_seeds(tmp_path: Path, capsys: pytest.CaptureFix
         ["dense", "1", "2", "0.6500 (0.5500 to 0.7500)", "-", "-", "-", "1.0 h", "1.00"],
         ["k32", "0.19", "1", "0.8000", "+0.0500", "+1.00", "24", "1.0 h", "1.00"],
         ["sparse", "0.19", "2", "0.7000 (0.4500 to 0.9500)", "+0.0500 (-0.1000 to +0.2000)",
-         "+1.00 (+1.00 to +1.00)", "24", "1.0 h", "1.00"],
+         "+1.00 (+1.00 to +1.00)", "24 (24 to 24)", "1.0 h", "1.00"],
     ]  # fmt: skip
     for picture in ("recoverability.png", "arms.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
@@ -145,7 +150,12 @@ def test_an_arm_s_numbers(tmp_path: Path) -> None:
     assert steady_hours(found) == pytest.approx(60 * 36 / 3600)
     assert found["hours"] == pytest.approx(61 * 36 / 3600)
     assert (found["seed"], found["subsequence"], found["dense_layers"]) == (3, 768, [0])
-    assert paired([found], [found | {"seed": 4}]) == []
+    dense = found | {"stages": DENSE, "held_out_loss": 1.0}
+    sparse = found | {"held_out_loss": 1.5}
+    assert less_dense([sparse], [dense, sparse]) == [0.5]
+    for key, value in [("seed", 4), ("seq_len", 8_192), ("data", "other"), ("eval_sequences", 3), ("total_steps", 99)]:
+        assert less_dense([sparse], [dense | {key: value}, sparse]) == []
+    assert less_dense([sparse], [dense, dense, sparse]) == []  # which of the two?
     names = ["dense,seed=0", "seed=12", "k=5,seed=3,lr=1", "dense"]
     assert [without_seed(name) for name in names] == ["dense", "run", "k=5,lr=1", "dense"]
 
@@ -170,7 +180,14 @@ def test_passkeys_are_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixtur
             for mode, depth, length, found in [
                 ("dense", 0, 100, 4), ("dense", 0, 200, 2), ("dense", 50, 100, 2), ("dense", 50, 200, 0),
                 ("lighthouse", 0, 100, 0)]]  # fmt: skip
-    (tmp_path / "dense" / "passkey.json").write_text(json.dumps({"task": "passkey", "rows": rows}))
+    keys = tmp_path / "dense" / "passkey.json"
+    for wrong in ("[1]", "{", json.dumps({"task": "passkey", "step": 99, "rows": rows}),
+                  json.dumps({"task": "passkey", "step": 100, "rows": rows[-1:]})):  # fmt: skip
+        keys.write_text(wrong)
+        capsys.readouterr()
+        assert recoverability.main(["report", str(tmp_path)]) == 1
+        assert "- dense: its passkey.json is not of the dense model after its last step" in capsys.readouterr().out
+    keys.write_text(json.dumps({"task": "passkey", "step": 100, "rows": rows}))
     capsys.readouterr()
     assert recoverability.main(["report", str(tmp_path)]) == 0
     assert ["dense", "75%", "25%", "50%"] in cells(capsys.readouterr().out)
@@ -203,6 +220,33 @@ def test_arms_run_one_after_the_other_and_once(small_grid: Path, capfd: pytest.C
     assert recoverability.main(words) == 0
     assert "arm 1 of 2: dense, done\narm 2 of 2: sparse, done\n# Recoverability" in capfd.readouterr().out
     assert {name: (out / name / "metrics.jsonl").read_bytes() for name in done} == done
+    for key in ("optim.lr=0.5", "stages=[{mode: dense, steps: 6}]", "eval.sequences=1"):
+        assert recoverability.main([*words, "--only", "sparse", "--set", key]) == 2
+        assert re.search(rf"{key.split('.')[0].split('=')[0]} is now .* choose another --out", capfd.readouterr().err)
+    # A kill after the last step leaves it without its evaluation and checkpoint.
+    events = out / "sparse" / "events.jsonl"
+    kept = [line for line in events.read_text().splitlines() if json.loads(line)["step"] != 5]
+    events.write_text("".join(f"{line}\n" for line in kept))
+    assert recoverability.main(["report", str(out)]) == 1
+    assert "- sparse: its evaluation after the last step is missing" in capfd.readouterr().out
+    before = json.loads((out / "recoverability.json").read_text())["arms"]["sparse"]
+    assert before["held_out_loss"] is None
+    assert recoverability.main(words) == 0
+    again = json.loads((out / "recoverability.json").read_text())["arms"]["sparse"]
+    assert again["held_out_loss"] == written["arms"]["sparse"]["held_out_loss"]
+
+
+def test_told_to_stop_is_not_the_next_arm(small_grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    steps = ["--set", "stages=[{mode: dense, steps: 5000}]", "--set", "checkpoint.every=0"]
+    line = [sys.executable, "-m", "benchmarks.recoverability", "run", small_grid, "--out", out, *steps]
+    with subprocess.Popen(line, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: (out / "dense" / "metrics.jsonl").exists(), 120, lambda: "no step")
+        process.send_signal(signal.SIGHUP)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert "stopped in arm 1 of 3; 0 before it are done; the same command goes on" in errors
+    assert not (out / "sparse").exists()
 
 
 @pytest.mark.parametrize(
