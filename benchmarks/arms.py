@@ -113,7 +113,7 @@ def at_switch(stages: Sequence[StageConfig], losses: Mapping[int, float], done: 
     start = {step: losses[step] for step in range(first, min(first + FIRST_DENSE, stop)) if step in losses}
     if before is None or not start:
         return values
-    late = range(max(first - min(FIRST_DENSE, sparse.steps // 2), 0), first)
+    late = range(first - max(_window(sparse), min(FIRST_DENSE, sparse.steps // 2)), first)
     values["largest_before"] = max(losses[step] for step in late if step in losses) - before
     peak = max(start, key=start.__getitem__)
     values["spike"] = start[peak] - before

@@ -160,6 +160,12 @@ def test_an_arm_s_numbers(tmp_path: Path) -> None:
     assert [without_seed(name) for name in names] == ["dense", "run", "k=5,lr=1", "dense"]
 
 
+def test_a_stage_of_one_step_is_enough(tmp_path: Path) -> None:
+    arm(tmp_path, "one", 60, [{"mode": "lighthouse", "steps": 1}, {"mode": "dense", "steps": 99}])
+    found = read_arm(tmp_path / "one")
+    assert (found["switch"], found["loss_before"], found["largest_before"], found["spike"]) == (1, 2.0, 0.0, 1.0)
+
+
 def test_long_curves_are_thinned(tmp_path: Path) -> None:
     with MetricsLogger(tmp_path / "long", 4_001) as logger:
         for step in range(4_001):
