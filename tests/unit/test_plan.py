@@ -25,10 +25,11 @@ from lhcp.plan.time import Seconds, step_time
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "launch" / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(set(CONFIGS.rglob("*.yaml")) - {CONFIGS / "paper-rows.yaml"})  # which are those in paper/
 ON_GPUS = ("device=cuda", "compute_dtype=bfloat16")
 H100, B200 = GPUS["h100"], GPUS["b200"]
 GPUS_OF = {"1m.yaml": 32, "demo.yaml": 2} | {f"one-gpu/{name}.yaml": 1 for name in ("98k", "1m", "2m")}
+GPUS_OF |= {f"small/{name}.yaml": 1 for name in ("base", "recoverability", "ablations", "passkey")}
 """GPUs of configurations that are not for 8."""
 
 
