@@ -218,7 +218,8 @@ def test_the_time_limit(runs: Runs, cluster: Cluster, expected: list[float]) -> 
     for rank in ranks:  # where they are, rather than train for a minute; Slurm lets them go on when it tells them
         os.kill(rank, signal.SIGSTOP)
     shown = cluster.wait(job.job_id, {"COMPLETED", "FAILED", "TIMEOUT"}, 300)
-    assert (shown["JobState"], shown["Restarts"], shown["TimeLimit"]) == ("COMPLETED", "1", "00:01:00")
+    assert (shown["JobState"], shown["TimeLimit"]) == ("COMPLETED", "00:01:00")
+    assert int(shown["Restarts"]) >= 1  # a slow machine meets the limit again
     assert losses(runs.folder / "limit") == expected
     assert "stopped by SIGUSR1 after step" in (runs.folder / "limit/jobs/001" / f"slurm-{job.job_id}.out").read_text()
 
