@@ -227,6 +227,25 @@ def against_dense(group: Iterable[Record], arms: Iterable[Record]) -> list[tuple
     return [(arm, found[0]) for arm, found in pairs if len(found) == 1]
 
 
+def same_machines(arm: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the times of two runs can be compared: as many devices, of the same name."""
+    one, two = ((x["ranks"], (x["environment"] or {}).get("device")) for x in (arm, other))
+    return bool(one == two)
+
+
+def steady_hours_until(arm: Mapping[str, Any], loss: float) -> float | None:
+    """Hours until the held-out loss of a run of one stage was as low as `loss`, every step at the median.
+
+    On a straight line between evaluations of the dense model; None where it was never between two of them.
+    """
+    points = [(event["steps"], event["loss"]) for event in arm["held_out"] if event["mode"] == "dense"]
+    for (one, high), (two, low) in pairwise(points):
+        if high > loss >= low:
+            steps = one + (two - one) * (high - loss) / (high - low)
+            return float(steps / arm["steps"]) * steady_hours(arm)
+    return None
+
+
 def less_dense(group: Iterable[Record], arms: Iterable[Record]) -> list[float]:
     """Held-out losses less those of their references."""
     return [arm["held_out_loss"] - dense["held_out_loss"] for arm, dense in against_dense(group, list(arms))]

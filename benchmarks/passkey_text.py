@@ -3,8 +3,9 @@
     python -m benchmarks.passkey_text --out FILE.jsonl --tokens 30000000 [--longest 16384] [--seed 1]
 
 A document is alphanumeric noise in which the same digit is stated twice or more often, the last time at its end. Its
-length and how often are drawn log-uniformly, so that many state it twice, far apart, and many often enough to learn
-from. Noise and digits are drawn anew for each, from another seed than the evaluation's.
+length and the tokens to a statement are drawn so that there is as much of every size: some documents state it often
+enough to learn from, others twice, far apart. Noise and digits are drawn anew for each, from another seed than the
+evaluation's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from lhcp.eval.prompts import STATEMENT, noise
 
 SHORTEST = 128
 """Tokens of a document."""
-MOST_OFTEN = 64
-"""Tokens to a statement where there are most of them, in a document of five times that or more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def document(generator: np.random.Generator, longest: int) -> str:
-    """One document of `SHORTEST` to `longest` bytes."""
-    length = _log_uniform(generator, SHORTEST, longest)
-    count = _log_uniform(generator, 2, max(5, length // MOST_OFTEN))
+    """One document of `SHORTEST` to `longest` bytes, which all octaves of lengths have as many tokens of."""
+    length = round(1 / generator.uniform(1 / longest, 1 / SHORTEST))
     statement = STATEMENT.format(digit=generator.integers(10))
+    count = max(2, length // _log_uniform(generator, len(statement), length))
     filler = ByteTokenizer().decode(noise(generator, length - count * len(statement)))
     places = sorted(int(place) for place in generator.integers(len(filler) + 1, size=count - 1))
     parts = [filler[lo:hi] for lo, hi in zip([0, *places], [*places, len(filler)], strict=True)]

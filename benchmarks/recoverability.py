@@ -32,7 +32,9 @@ from benchmarks.arms import (
     is_dense,
     less_dense,
     read_arm,
+    same_machines,
     steady_hours,
+    steady_hours_until,
 )
 from benchmarks.common import (
     NO_RESULT,
@@ -62,7 +64,7 @@ STOPPED = (EXIT_STOPPED, EXIT_FORCED, *(128 + number for number in (signal.SIGHU
 HEADER = ["run", "stages", "before the switch", "largest before", "spike", "back after", "final train loss",
           "held-out loss", "wall time"]  # fmt: skip
 SUMMARY = ["arm", "S / N", "runs", "held-out loss", "minus dense", "spike", "back after", "time at the median",
-           "dense / it"]  # fmt: skip
+           "dense / it", "to that loss"]  # fmt: skip
 NOTES = (
     "Losses in nats per token. Train losses: means over 20 steps, over a tenth of the stage where that is fewer.",
     f"Spike: largest loss of a single step among the first {FIRST_DENSE} dense ones, minus the loss before the switch. "
@@ -77,7 +79,8 @@ SUMMARY_NOTES = (
     "Minus dense: that of dense from scratch with the same seed, on the same tokens in the same order. In parentheses: "
     "the lowest and the highest of the runs.",
     "Time at the median: of all steps, each as long as the median of its stage, so without compilation. Dense / it: "
-    "that of dense from scratch over it.",
+    "that of dense from scratch over it. To that loss: that of dense from scratch until its held-out loss, on a "
+    "straight line between evaluations, was as low as the arm's in the end, over the arm's.",
 )
 
 
@@ -268,15 +271,17 @@ def _summary_row(name: str, group: Sequence[Record], every: Sequence[Record]) ->
     first = group[0]
     share = "1" if first["subsequence"] is None else f"{first['subsequence'] / first['seq_len']:.2f}"
     less = [] if is_dense(first) else less_dense(group, every)
-    faster = [steady_hours(dense) / steady_hours(arm) for arm, dense in against_dense(group, every)
-              if dense["ranks"] == arm["ranks"]]  # fmt: skip
+    pairs = [(arm, dense) for arm, dense in against_dense(group, every) if same_machines(arm, dense)]
+    faster = [steady_hours(dense) / steady_hours(arm) for arm, dense in pairs]
+    sooner = [until / steady_hours(arm) for arm, dense in pairs if not is_dense(arm)
+              and (until := steady_hours_until(dense, arm["held_out_loss"])) is not None]  # fmt: skip
     spikes = [arm["spike"] for arm in group if arm["spike"] is not None]
     backs = [arm["recovered_after"] for arm in group if arm["recovered_after"] is not None]
     all_back = spikes and len(backs) == len(group)
     return [
         name, share, str(len(group)), _range([arm["held_out_loss"] for arm in group], ".4f"), _range(less, "+.4f"),
         _range(spikes, "+.2f"), _range(backs, ",.0f") if all_back else "-", _time(fmean(map(steady_hours, group))),
-        f"{fmean(faster):.2f}" if faster else "-",
+        f"{fmean(faster):.2f}" if faster else "-", _range(sooner, ".2f") if len(sooner) == len(pairs) else "-",
     ]  # fmt: skip
 
 

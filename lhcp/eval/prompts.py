@@ -15,7 +15,7 @@ from lhcp.config import ConfigError
 from lhcp.data import ByteTokenizer
 
 QUESTION = "\nThe pass key is "
-STATEMENT = QUESTION + "{digit}.\n"
+STATEMENT = QUESTION + "{digit}. Remember it. {digit} is the pass key.\n"
 DEPTHS = (0.0, 15.0, 30.0, 50.0, 70.0, 85.0, 100.0)
 """Where the statement stands: per cent of the noise before it."""
 DIGIT_TOKENS = tuple(int(token) for token in ByteTokenizer().encode(string.digits))

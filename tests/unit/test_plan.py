@@ -29,7 +29,7 @@ FILES = sorted(set(CONFIGS.rglob("*.yaml")) - {CONFIGS / "paper-rows.yaml"})  # 
 ON_GPUS = ("device=cuda", "compute_dtype=bfloat16")
 H100, B200 = GPUS["h100"], GPUS["b200"]
 GPUS_OF = {"1m.yaml": 32, "demo.yaml": 2} | {f"one-gpu/{name}.yaml": 1 for name in ("98k", "1m", "2m")}
-GPUS_OF |= {f"small/{name}.yaml": 1 for name in ("base", "recoverability", "ablations", "passkey")}
+GPUS_OF |= {f"small/{name}.yaml": 1 for name in ("base", "recoverability", "ablations", "passkey", "passkey-base")}
 """GPUs of configurations that are not for 8."""
 
 
