@@ -80,7 +80,7 @@ def measure(checkpoint: Checkpoint, sequences: int, cuts: int) -> Record:
     if cases[0].attended != "lighthouse" or config.padded_len != config.seq_len:
         raise ConfigError(f"seq_len {config.seq_len}: must suit the Lighthouse configuration without padding")
     device = ProcessEnv.read().device(config.device)
-    model = Llama(config.model)
+    model = Llama(config.model).to(dtype=getattr(torch, config.dtype))
     load(checkpoint, model, None)
     model.to(device=device, dtype=getattr(torch, config.activation_dtype))
     rows = [_measure(model, case, sequences, cuts, device) for case in cases]
@@ -132,7 +132,8 @@ def _losses(
     tokens_BN, places_BCD, labels_N = (torch.from_numpy(x).to(device) for x in (tokens, places, labels))
     hidden_BNE = model.hidden(tokens_BN, torch.arange(tokens.shape[1], device=device), attention)
     rows_B11 = torch.arange(len(tokens), device=device)[:, None, None]
-    logits = model.output(hidden_BNE[rows_B11, places_BCD]).float()
+    logits = model.output(hidden_BNE[rows_B11, places_BCD])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits.flatten(0, 2), labels_N[places_BCD].flatten(), reduction="none")
     found: list[list[float]] = losses.view(-1, places.shape[-1]).tolist()
     return found
