@@ -80,7 +80,7 @@ SUMMARY_NOTES = (
     "the lowest and the highest of the runs.",
     "Time at the median: of all steps, each as long as the median of its stage, so without compilation. Dense / it: "
     "that of dense from scratch over it. To that loss: that of dense from scratch until its held-out loss, on a "
-    "straight line between evaluations, was as low as the arm's in the end, over the arm's.",
+    "straight line between evaluations, was as low as the arm's in the end, over the arm's; - where it never was.",
 )
 
 

@@ -24,16 +24,15 @@ def test_prompts(context: int, depth: float) -> None:
     assert sorted(digits.tolist()) == sorted([*range(10)] * 2)
     for prompt, digit in zip(tokens, digits, strict=True):
         text = ByteTokenizer().decode(prompt)
-        before, found, after = re.fullmatch(
-            r"([A-Za-z0-9]*)\nThe pass key is (\d)\.\n([A-Za-z0-9]*)\nThe pass key is ", text
-        ).groups()  # type: ignore[union-attr]
+        before, found, after = re.fullmatch(rf"([A-Za-z0-9]*){STATED}([A-Za-z0-9]*)\nThe pass key is ", text).groups()  # type: ignore[union-attr]
         assert int(found) == digit
-        assert text[-len(QUESTION) :] + DIGITS[digit] + ".\n" == STATEMENT.format(digit=digit)
+        assert text[-len(QUESTION) :] + DIGITS[digit] == STATEMENT.format(digit=digit)[: len(QUESTION) + 1]
         assert len(before) == round((context - SHORTEST) * depth / 100)
         assert len(before) + len(after) == context - SHORTEST
 
 
 DIGITS = "0123456789"
+STATED = r"\nThe pass key is (?P<digit>\d)\. Remember it\. (?P=digit) is the pass key\.\n"
 
 
 def test_digit_tokens() -> None:
@@ -62,14 +61,16 @@ def test_text_with_passkeys(tmp_path: Path) -> None:
     assert 60_000 <= sum(map(len, texts)) < 62_000
     counts, digits = set(), set()
     for text in texts:
-        found = re.findall(r"\nThe pass key is (\d)\.\n", text)
+        found = re.findall(STATED, text)
         assert len(set(found)) == 1  # of one document: the first cannot be known, the others can
         assert text.endswith(STATEMENT.format(digit=found[0]))
-        assert re.fullmatch(r"[A-Za-z0-9]*", re.sub(r"\nThe pass key is \d\.\n", "", text))
+        assert re.fullmatch(r"[A-Za-z0-9]*", re.sub(STATED, "", text))
         assert passkey_text.SHORTEST <= len(text) <= 2_000
         counts.add(len(found))
         digits.add(found[0])
     assert {2, 3, 4, 5} < counts
-    assert max(counts) <= 2_000 // passkey_text.MOST_OFTEN
+    lengths = np.array([len(text) for text in texts])
+    short = lengths[lengths < 506].sum() / lengths.sum()  # half of the octaves from 128 to 2,000
+    assert 0.4 < short < 0.6
     assert digits == set(DIGITS)
     assert len(set(texts)) == len(texts)
