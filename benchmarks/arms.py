@@ -228,9 +228,9 @@ def against_dense(group: Iterable[Record], arms: Iterable[Record]) -> list[tuple
 
 
 def same_machines(arm: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the times of two runs can be compared: as many devices, of the same name."""
-    one, two = ((x["ranks"], (x["environment"] or {}).get("device")) for x in (arm, other))
-    return bool(one == two)
+    """Whether the times of two runs can be compared: as many devices, of the same name (if both know theirs)."""
+    ranks, devices = zip(*((x["ranks"], (x["environment"] or {}).get("device")) for x in (arm, other)), strict=True)
+    return ranks[0] == ranks[1] and (None in devices or devices[0] == devices[1])
 
 
 def steady_hours_until(arm: Mapping[str, Any], loss: float) -> float | None:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.lookahead RUN [--step STEP] [--sequences 64] [--cuts 16] [--out DIR]
 
-At random places of held-out sequences all that follows is replaced by other text. A model without a view of it would
-predict the tokens up to there as well as before; the difference of the loss, by how far the predicted token lies behind
-the place, is what the model has read out of the selection. The dense model is the control. Writes `lookahead.json` in
-DIR. Exit codes: 0 done, 2 something that the user can correct.
+At random places of held-out sequences all that follows is replaced by other text. A model that is told nothing of it
+predicts the tokens up to there as well as before; the dense one is the control. The difference of the loss, by how far
+the predicted token lies behind the place, is what a model loses whose selection tells of a wrong future: what the right
+one told it and, since it is misled, more. Writes `lookahead.json` in DIR. Exit codes: 0 done, 2 something that the user can correct.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AT_ONCE = 4
 WINDOWS = 2
 """Windows of the coarsest level, behind a cut, in which tokens are compared."""
 NOTES = (
-    "Losses in nats per token, at the cuts. As trained: with the text that follows. Without the future: with other "
+    "Losses in nats per token, at the cuts. As trained: with the text that follows. Changed future: with other "
     "text in its place. Behind: tokens from the cut back to the predicted one; 0 is the first that is replaced.",
 )
 
@@ -96,26 +96,26 @@ def measure(checkpoint: Checkpoint, sequences: int, cuts: int) -> Record:
 
 @torch.no_grad()
 def _measure(model: Llama, case: Case, sequences: int, cuts: int, device: torch.device) -> Record:
-    """Losses by distance from the cut, with the text that follows it and without."""
+    """Losses by distance from the cut, with the text that follows it and with other text."""
     config = case.config
     attention = attention_of(config, case.attended, ContextParallel(block_backend=config.parallel.block_backend))
     dataset = TokenDataset(config.data.path, "held_out")
     tokens, labels = read_sequences(dataset, range(sequences), config.seq_len, [(0, config.seq_len)])
     behind = np.arange(WINDOWS * config.attention.pooling_factor ** (config.attention.num_levels - 1))
     generator = np.random.default_rng(0)
-    with_future, without = [], []
+    with_future, changed = [], []
     for row in range(sequences):
-        places = generator.integers(len(behind), config.seq_len, size=(cuts, 1))  # of the last token that stays
+        places = generator.integers(len(behind), config.seq_len - 1, size=(cuts, 1))  # of the last token that stays
         with_future += _losses(model, tokens[row : row + 1], labels[row], (places - behind)[None], attention, device)
         for some in np.split(places, range(AT_ONCE, cuts, AT_ONCE)):
             later = np.arange(config.seq_len) > some
             other = np.where(later, tokens[(row + 1) % sequences], tokens[row])
-            without += _losses(model, other, labels[row], (some - behind)[:, None], attention, device)
-    a, b = (np.asarray(losses, np.float64) for losses in (with_future, without))
+            changed += _losses(model, other, labels[row], (some - behind)[:, None], attention, device)
+    a, b = (np.asarray(losses, np.float64) for losses in (with_future, changed))
     return {
         "mode": case.mode,
         "with_future": a.mean(0).tolist(),
-        "without": b.mean(0).tolist(),
+        "changed_future": b.mean(0).tolist(),
         "standard_error": ((b - a).std(0, ddof=1) / math.sqrt(len(a))).tolist(),
     }
 
@@ -146,15 +146,15 @@ def show(result: Record) -> str:
         *(
             f"{row['mode']}, {what}"
             for row in result["rows"]
-            for what in ("as trained", "without the future", "difference")
+            for what in ("as trained", "changed future", "difference")
         ),
     ]
     rows = []
-    distances = [d for d in range(len(result["rows"][0]["without"])) if d < 4 or not d & (d - 1)]
+    distances = [d for d in range(len(result["rows"][0]["changed_future"])) if d < 4 or not d & (d - 1)]
     for d in distances:
         cells = [str(d)]
         for row in result["rows"]:
-            a, b, error = (row[key][d] for key in ("with_future", "without", "standard_error"))
+            a, b, error = (row[key][d] for key in ("with_future", "changed_future", "standard_error"))
             cells += [f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f} ± {error:.4f}"]
         rows.append(cells)
     return document("What a selection tells of the future", table(header, rows), NOTES, {})

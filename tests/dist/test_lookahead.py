@@ -50,12 +50,12 @@ def test_losses_at_the_cuts(tmp_path: Path) -> None:
     )
     for row in rows:
         attention = attention_of(config, row["mode"], ContextParallel())
-        generator, behind = np.random.default_rng(0), len(row["without"])
+        generator, behind = np.random.default_rng(0), len(row["changed_future"])
         losses = np.zeros((2, SEQUENCES * CUTS, behind))
         for number in range(SEQUENCES * CUTS):
             sequence = number // CUTS
             if number % CUTS == 0:
-                cuts = generator.integers(behind, SEQ_LEN, size=CUTS)
+                cuts = generator.integers(behind, SEQ_LEN - 1, size=CUTS)
             cut = int(cuts[number % CUTS])
             replaced = np.concatenate([tokens[sequence, : cut + 1], tokens[(sequence + 1) % SEQUENCES, cut + 1 :]])
             for kind, given in enumerate((tokens[sequence], replaced)):
@@ -64,7 +64,7 @@ def test_losses_at_the_cuts(tmp_path: Path) -> None:
                     each = F.cross_entropy(model.output(hidden), torch.from_numpy(labels[sequence]), reduction="none")
                 losses[kind, number] = [each[cut - distance] for distance in range(behind)]
         assert row["with_future"] == pytest.approx(losses[0].mean(0).tolist(), rel=1e-6)
-        assert row["without"] == pytest.approx(losses[1].mean(0).tolist(), rel=1e-6)
+        assert row["changed_future"] == pytest.approx(losses[1].mean(0).tolist(), rel=1e-6)
         found = np.abs(losses[1] - losses[0]).max(0)
         if row["mode"] == "dense":
             assert found.max() < 1e-12
@@ -77,9 +77,9 @@ def test_losses_at_the_cuts(tmp_path: Path) -> None:
 def test_a_selection_that_leaves_nothing_out_tells_nothing(tmp_path: Path) -> None:
     result = lookahead.measure(find_checkpoint(trained(tmp_path, topk=SEQ_LEN // 2), None), SEQUENCES, CUTS)
     lighthouse, dense = result["rows"]
-    assert lighthouse["without"] == pytest.approx(lighthouse["with_future"], rel=1e-6)
+    assert lighthouse["changed_future"] == pytest.approx(lighthouse["with_future"], rel=1e-6)
     assert max(lighthouse["standard_error"]) < 1e-7
-    assert lighthouse["without"] != dense["without"]
+    assert lighthouse["changed_future"] != dense["changed_future"]
 
 
 def test_padded_sequences_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
