@@ -5,7 +5,8 @@
 At random places of held-out sequences all that follows is replaced by other text. A model that is told nothing of it
 predicts the tokens up to there as well as before; the dense one is the control. The difference of the loss, by how far
 the predicted token lies behind the place, is what a model loses whose selection tells of a wrong future: what the right
-one told it and, since it is misled, more. Writes `lookahead.json` in DIR. Exit codes: 0 done, 2 something that the user can correct.
+one told it and, since it is misled, more. Writes `lookahead.json` in DIR.
+Exit codes: 0 done, 2 something that the user can correct.
 """
 
 from __future__ import annotations
