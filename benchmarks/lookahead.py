@@ -27,6 +27,7 @@ from lhcp.attention.layers import AttentionFunction
 from lhcp.checkpoint.manifest import Checkpoint
 from lhcp.checkpoint.resume import find_checkpoint
 from lhcp.checkpoint.state import load
+from lhcp.checks import check_writable
 from lhcp.config import ConfigError
 from lhcp.data import TokenDataset
 from lhcp.data.loader import read_sequences
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.sequences, args.cuts) < 2:
         parser.error("--sequences and --cuts must be at least 2")
     try:
+        if args.out is not None:
+            check_writable("--out", args.out)
         result = measure(find_checkpoint(args.run, args.step), args.sequences, args.cuts)
         if args.out is not None:
             write_json(args.out / "lookahead.json", result)

@@ -88,3 +88,5 @@ def test_padded_sequences_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         lookahead.measure(find_checkpoint(run, None), SEQUENCES, CUTS)
     assert lookahead.main([str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    assert lookahead.main([str(run), "--out", str(tmp_path / "run.yaml" / "results")]) == 2
+    assert "choose another" in capsys.readouterr().err
