@@ -159,7 +159,7 @@ def test_what_is_wrong_is_said_before_anything_starts(run: Path, tmp_path: Path)
     assert "samples do not divide evenly over parallel.dp 2; nearest: 2 or 4" in refused(
         task="passkey", samples=3, overrides=("parallel.dp=2",)
     )
-    assert refused(task="passkey", lengths=(20,)) == "context 20: a passkey prompt has at least 37 tokens"
+    assert refused(task="passkey", lengths=(20,)) == "context 20: a passkey prompt has at least 69 tokens"
     assert "too few for 1000 sequence(s) of seq_len 360" in refused(task="loss", samples=1000)
     assert refused(task="loss", overrides=("model.dim=32",)) == (
         "model.dim: given 32, but the checkpoint's is 24; leave it out"
@@ -218,10 +218,10 @@ def test_the_commands(run: Path, tmp_path: Path) -> None:
     written = json.loads((out / "loss.json").read_text())
     assert written["rows"][0]["loss"] == pytest.approx(loss)
     assert written["environment"]["cp"] == 2
-    done = command("passkey", run, "--contexts", "60,360", "--samples", "10", "--depths", "0,100", "--out", out)
+    done = command("passkey", run, "--contexts", "80,360", "--samples", "10", "--depths", "0,100", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = json.loads((out / "passkey.json").read_text())["rows"]
-    assert [(row["length"], row["depth"]) for row in rows] == [(60, 0), (60, 100), (360, 0), (360, 100)]
+    assert [(row["length"], row["depth"]) for row in rows] == [(80, 0), (80, 100), (360, 0), (360, 100)]
     line = next(line for line in done.stdout.splitlines() if " 100% " in line)
     assert [cell.strip() for cell in line.strip("│").split("│")][2:] == [
         f"{row['found'] / 10:.0%}" for row in rows[1::2]
