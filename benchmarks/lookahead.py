@@ -76,8 +76,9 @@ def measure(checkpoint: Checkpoint, sequences: int, cuts: int) -> Record:
     """The result of both modes at the same cuts.
 
     Raises:
-        ConfigError: the checkpoint cannot be evaluated here, or there is too little held-out text.
+        ConfigError: the checkpoint is damaged or cannot be evaluated here, or there is too little held-out text.
     """
+    checkpoint.verify()
     request = EvalRequest(task="loss", checkpoint=checkpoint.folder, modes=("lighthouse", "dense"), samples=sequences)
     cases = prepare(request).cases
     config = cases[0].config

@@ -90,3 +90,10 @@ def test_padded_sequences_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no such folder" in capsys.readouterr().err
     assert lookahead.main([str(run), "--out", str(tmp_path / "run.yaml" / "results")]) == 2
     assert "choose another" in capsys.readouterr().err
+    checkpoint = find_checkpoint(run, None)
+    shard = checkpoint.folder / "rank-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert lookahead.main([str(run)]) == 2
+    assert shard.name in capsys.readouterr().err
