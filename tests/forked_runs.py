@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -30,14 +31,23 @@ class ForkedRun:
         self, world: int, arguments: Sequence[str], output: Path, before: Callable[[int], None] = lambda rank: None
     ) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._output = output
         self.codes: dict[int, int] = {}
         """Exit codes, -n for signal n, of the ranks that have ended."""
         self._pids = {}
+        # None begins before all are there: in a process forked while the store's thread answers another, a lock that
+        # it held stays held.
+        may_begin, begin = os.pipe()
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
+                os.close(begin)
+                os.read(may_begin, 1)
+                os.close(may_begin)
                 _train(rank, world, self._store.port, arguments, output, before)
             self._pids[rank] = pid
+        os.close(begin)
+        os.close(may_begin)
 
     def alive(self) -> list[int]:
         """Ranks that have not ended."""
@@ -60,8 +70,11 @@ class ForkedRun:
             if any(self.codes.values()) and not self._all_end_by(time.monotonic() + 1):
                 self.send(signal.SIGKILL)
             if time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
-                raise AssertionError(f"ranks {self.alive()} have not ended after {timeout} s")
+                late = self.alive()
+                self.send(signal.SIGABRT)  # which each answers with where it is
+                if not self._all_end_by(time.monotonic() + 10):
+                    self.send(signal.SIGKILL)
+                raise AssertionError(f"ranks {late} have not ended after {timeout} s\n{self._output.read_text()}")
             time.sleep(0.002)
         return [self.codes[rank] for rank in sorted(self.codes)]
 
@@ -79,6 +92,7 @@ def _train(
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.enable(descriptor)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         os.environ |= {
