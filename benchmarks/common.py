@@ -171,6 +171,7 @@ def environment(device: torch.device, dtype: str) -> Record:
         "devices": sorted({name for _, name in ranks}),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
+        "nccl_settings": {key: value for key, value in sorted(os.environ.items()) if key.startswith("NCCL_")},
     }
 
 

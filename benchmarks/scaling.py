@@ -4,8 +4,9 @@
     python -m benchmarks.scaling CONFIG --emulate 8 --out FILE.json
     python -m benchmarks.scaling report DIR [--expect NAMES_FILE]
 
-Nothing is timed unless the attention over the ranks is that of one process. `--emulate W` runs each of W ranks' share
-in turn on one device, without the others, and projects what transfers would add. `report` merges results.
+Nothing is timed unless the attention over the ranks is that of one process; with `--repeats 0` that is all. `--emulate
+W` runs each of W ranks' share in turn on one device, without the others, and projects what transfers would add.
+`report` merges results.
 Exit codes: 0 done, 1 a check failed or a result is missing, 2 something that the user can correct.
 """
 
@@ -65,7 +66,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--repeats", type=int, default=5, help="calls that are timed")
+    parser.add_argument("--repeats", type=int, default=5, help="calls that are timed; 0: none, check alone")
     parser.add_argument("--no-dense", action="store_false", dest="dense", help="leave dense attention out")
     parser.add_argument("--exchanges", metavar="NAME,...", help="exchanges to measure; left out: the configuration's")
     parser.add_argument("--emulate", type=int, metavar="W", help="each of W ranks alone, on this one device")
@@ -81,8 +82,8 @@ def _report_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _measure_main(args: argparse.Namespace) -> int:
-    if args.repeats < 1:
-        raise ConfigError(f"--repeats {args.repeats}: must be at least 1")
+    if args.repeats < 0:
+        raise ConfigError(f"--repeats {args.repeats}: must be at least 0, which checks and times nothing")
     env, emulated = ProcessEnv.read(), args.emulate is not None
     if emulated and (args.emulate < 2 or env.world_size > 1):
         raise ConfigError(f"--emulate {args.emulate}: takes 2 ranks or more, on one device; start it without torchrun")
@@ -147,11 +148,11 @@ def measure(
         config: resolved, its attention too.
         exchanges: names.
         device: of this rank.
-        repeats: calls that are timed.
+        repeats: calls that are timed; 0: none, only checked.
         with_dense: time dense attention as well.
 
     Returns:
-        The result; without `one_device` and `exchanges` when a check failed.
+        The result; without `one_device` and `exchanges` when nothing was timed.
     """
     group = Mesh.build(config.parallel, device).context_parallel.group
     return _result(config, exchanges, device, repeats, with_dense, group)
@@ -185,10 +186,10 @@ def _result(
         "passed": all(check["passed"] for check in checks.values()),
         **{
             part: {f"{exchange} {name}": value for exchange in checks for name, value in checks[exchange][part].items()}
-            for part in ("errors", "tolerances")
+            for part in ("errors", "alone", "tolerances")
         },
     }
-    if not result["check"]["passed"]:
+    if not result["check"]["passed"] or repeats == 0:
         return result
     result["one_device"] = shares.one_device(config, layer, repeats, with_dense)
     result["exchanges"] = {
@@ -213,9 +214,7 @@ def _check(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, group
     def of_thread(communicator: ThreadCommunicator) -> Record:
         return of(ContextParallel(None, parallel.sharding, exchange, parallel.block_backend, communicator=communicator))
 
-    ranks = run_threads(parallel.cp, of_thread)
-    errors = {name: max(rank["errors"][name] for rank in ranks) for name in ranks[0]["errors"]}
-    return {**ranks[0], "errors": errors, "passed": all(rank["passed"] for rank in ranks)}
+    return layers.worst(layer, run_threads(parallel.cp, of_thread))
 
 
 def _settings(config: RunConfig) -> Record:

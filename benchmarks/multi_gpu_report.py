@@ -1,0 +1,160 @@
+"""The report of `benchmarks/multi_gpu.sh`: exactness and cost of context parallelism over the GPUs of a node.
+
+    python -m benchmarks.multi_gpu_report DIR
+
+writes DIR/multi_gpu.md from what DIR holds of the rows that DIR/rows.txt names. Exit codes: 0 done, 1 a result is
+wrong or damaged, 2 something that the user can correct.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import layouts, scaling_report, train_step
+from benchmarks.common import NO_RESULT, Record, check_folder, document, read_names, setting, table, write_text
+from lhcp.config import ConfigError
+from lhcp.metrics import tell
+
+ROWS, REPORT = "rows.txt", "multi_gpu.md"
+TRAINED = ["N", "dp", "cp", *train_step.HEADER]
+Results = Mapping[str, Record]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read and write; the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks.multi_gpu_report", description="Merge multi_gpu.sh's results.")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    folder = parser.parse_args(argv).folder
+    try:
+        return report(folder)
+    except ConfigError as error:
+        tell(error)
+        return 2
+
+
+def report(folder: Path) -> int:
+    """Merge the results in `folder` into its `REPORT` and print that; 1 when one is wrong or damaged.
+
+    Raises:
+        ConfigError: no such folder, no list of rows in it, or it cannot be written to.
+    """
+    check_folder(folder)
+    if not (folder / ROWS).exists():
+        raise ConfigError(f"{folder} has no {ROWS}; name a folder of benchmarks/multi_gpu.sh")
+    rows = read_names(folder / ROWS)
+    problems = dict.fromkeys(rows, NO_RESULT)
+    scaling, of_scaling, _ = scaling_report.read(folder / "scaling", _names("scaling", rows))
+    problems = {name: what for name, what in problems.items() if not name.startswith("scaling/")}
+    problems |= {f"scaling/{name}": what for name, what in of_scaling.items()}
+    curves = _read(folder, "layouts", problems, layouts.rows)
+    steps = _read(folder, "train", problems, _trained)
+    parts = [
+        "\n".join(f"- {line}" for line in summary(scaling, curves, steps)) + "\n",
+        "## One layer\n",
+        scaling_report.tables(scaling),
+        "## Losses of a run, by layout\n",
+        table(layouts.HEADER, [line for result in curves.values() for line in layouts.rows(result)]),
+        f"{layouts.NOTE}\n",
+        "## Whole training steps\n",
+        table(TRAINED, [line for result in steps.values() for line in _trained(result)]),
+    ]
+    environments = [result["environment"] for results in (scaling, curves, steps) for result in results.values()]
+    notes = [
+        *scaling_report.NOTES,
+        *sorted({line for found in environments for line in (setting(found), _nccl(found))}),
+    ]
+    if any("nccl" not in found["versions"] for found in environments):
+        notes.append("Some were CPU processes, which share cores: of those, times say nothing.")
+    text = document("Several GPUs", "\n".join(parts), notes, problems)
+    write_text(folder / REPORT, text)
+    print(text, end="")
+    return 1 if set(problems.values()) - {NO_RESULT} else 0
+
+
+def _names(kind: str, rows: Sequence[str]) -> list[str]:
+    return [row.removeprefix(f"{kind}/") for row in rows if row.startswith(f"{kind}/")]
+
+
+def _read(
+    folder: Path, kind: str, problems: dict[str, str], rows: Callable[[Record], list[list[str]]]
+) -> dict[str, Record]:
+    """Results of one kind, by name; of those that are wrong or damaged, why, in `problems`."""
+    results: dict[str, Record] = {}
+    for name in _names(kind, list(problems)):
+        path = folder / kind / f"{name}.json"
+        if not path.exists():
+            continue
+        try:
+            result = json.loads(path.read_bytes())
+            if not result.get("check", result)["passed"]:
+                problems[f"{kind}/{name}"] = f"{path.name}: not what one process computes"
+                continue
+            rows(result)
+            setting(result["environment"])
+            results[name] = result
+            del problems[f"{kind}/{name}"]
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+            problems[f"{kind}/{name}"] = f"{path.name} is damaged ({type(error).__name__}: {error})"
+    return results
+
+
+def _trained(result: Record) -> list[list[str]]:
+    config = result["config"]
+    where = [f"{config['seq_len']:,}", str(config["parallel"]["dp"]), str(config["parallel"]["cp"])]
+    return [[*where, *train_step.row(mode, found)] for mode, found in result["modes"].items()]
+
+
+def _nccl(environment: Record) -> str:
+    settings = " ".join(f"{key}={value}" for key, value in environment["nccl_settings"].items())
+    return f"In the environment: {settings}." if settings else "No NCCL settings in the environment."
+
+
+def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
+    """What the rows together say, a line each; nothing of what was not measured."""
+    ratios: dict[tuple[str, int], float] = {}
+    for result in scaling.values():
+        check, key = result["check"], (result["config"]["dtype"], result["config"]["cp"])
+        of_result = [check["errors"][name] / error for name, error in check["alone"].items() if error]
+        if of_result and not result["emulated"]:
+            ratios[key] = max(ratios.get(key, 0.0), *of_result)
+    for (dtype, cp), ratio in sorted(ratios.items()):
+        yield f"One layer in {dtype} over {cp} ranks: errors at most {ratio:.2f} times those of one process."
+    for result in curves.values():
+        errors = [run["error"] for run in result["runs"] if run["dp"] * run["cp"] > 1]
+        yield (
+            f"Losses in {result['environment']['dtype']} over {result['environment']['ranks']} ranks: errors at most "
+            f"{max(errors):.1e}, of {result['tolerance']:.1e} allowed."
+        )
+    for result in _measured(scaling):
+        config, of = result["config"], result["exchanges"]["ring"]["lighthouse"]
+        over = scaling_report.overhead(result, "ring", "lighthouse")["forward_backward"]
+        yield (
+            f"A Lighthouse layer of {config['seq_len']:,} tokens over {config['cp']} ranks by ring, forward and "
+            f"backward: {over:.1f}% above a share of one device's time, of which transfers that compute does not hide "
+            f"{100 * of['exposed_ms']['forward_backward'] / of['compute_ms']['forward_backward']:.1f}%."
+        )
+    speed = {
+        result["config"]["parallel"]["cp"]: result["modes"]["lighthouse"]["tokens_per_s_per_gpu"]
+        for result in steps.values()
+    }
+    for cp in sorted(speed.keys() - {1}):
+        against = f", {100 * (speed[1] / speed[cp] - 1):.1f}% more time a token than on one" if 1 in speed else ""
+        yield f"Whole Lighthouse steps on {cp} GPUs: {speed[cp]:,.0f} tokens/s/GPU{against}."
+
+
+def _measured(scaling: Results) -> list[Record]:
+    """Timed over ranks, by ring, the longest first."""
+    found = [
+        result
+        for result in scaling.values()
+        if not result["emulated"] and result["config"]["cp"] > 1 and "ring" in result.get("exchanges", {})
+    ]
+    return sorted(found, key=lambda result: (-result["config"]["seq_len"], result["config"]["cp"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
