@@ -45,28 +45,30 @@ def whole(request: pytest.FixtureRequest, data: Path) -> RunConfig:
     return config
 
 
-def go_on(config: RunConfig, folders: list[Path], rank: int) -> list[tuple[State, list[float]]]:
-    """From each of these checkpoints to the end: the final state and the losses on the way."""
+def go_on(config: RunConfig, ways: list[tuple[Path, int]], rank: int) -> list[tuple[State, list[float]]]:
+    """From each of these checkpoints up to a step: the state there and the losses on the way."""
     outcomes = []
-    for folder in folders:
+    for folder, last in ways:
         trainer, losses = make_trainer(config, Checkpoint.open(folder)), []
-        while trainer.done < config.total_steps:
+        while trainer.done < last:
             losses.append(trainer.train_step()[0])
-        assert trainer.optimizer_steps == STEPS
+        assert trainer.optimizer_steps == last
         outcomes.append(({name: full(x.detach()).clone() for name, x in trainer.state().items()}, losses))
     return outcomes
 
 
 def test_from_any_step_at_the_same_layout_bit_by_bit(whole: RunConfig) -> None:
-    final = published_tensors(whole.output_dir, STEPS)
+    """From every step to the next, and from some to the end."""
     losses = [record["loss"] for record in read_metrics(whole.output_dir)]
-    steps = range(1, STEPS) if whole.parallel.cp > 1 else (1, SWITCH - 1, SWITCH, SWITCH + 1, STEPS - 1)
-    folders = [step_folder(whole.output_dir, step) for step in steps]
-    for outcomes in run_ranks(2, partial(go_on, whole, folders), timeout=240):
-        for step, (state, after) in zip(steps, outcomes, strict=True):
-            assert after == losses[step:]
-            assert state.keys() == final.keys()
-            assert all(torch.equal(state[name], final[name]) for name in final), f"resumed after step {step}"
+    ways = [(step, step + 1) for step in range(1, STEPS - 1)]
+    ways += [(step, STEPS) for step in (1, SWITCH - 1, SWITCH, SWITCH + 1, STEPS - 1)]
+    resumed = [(step_folder(whole.output_dir, step), last) for step, last in ways]
+    for outcomes in run_ranks(2, partial(go_on, whole, resumed), timeout=240):
+        for (step, last), (state, after) in zip(ways, outcomes, strict=True):
+            expected = published_tensors(whole.output_dir, last)
+            assert after == losses[step:last]
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in expected), f"{step} to {last}"
 
 
 @pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)])
@@ -76,8 +78,8 @@ def test_at_another_layout_up_to_rounding(whole: RunConfig, data: Path, dp: int,
     final = published_tensors(whole.output_dir, STEPS)
     losses = [record["loss"] for record in read_metrics(whole.output_dir)]
     steps = (5, SWITCH)
-    folders = [step_folder(whole.output_dir, step) for step in steps]
-    for outcomes in run_ranks(dp * cp, partial(go_on, config, folders), timeout=240):
+    ways = [(step_folder(whole.output_dir, step), STEPS) for step in steps]
+    for outcomes in run_ranks(dp * cp, partial(go_on, config, ways), timeout=240):
         for step, (state, after) in zip(steps, outcomes, strict=True):
             np.testing.assert_allclose(after, losses[step:], rtol=1e-9)
             assert largest_error(state, final) <= 1e-9
