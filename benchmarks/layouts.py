@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import layer as layers
 from benchmarks.common import Record, environment, make_way, table, write_json
 from lhcp import config_file
@@ -123,7 +125,8 @@ def judged(
 
 
 def _largest_relative(losses: Sequence[float], exact: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(losses, exact, strict=True))
+    relative = [abs(a - b) / abs(b) for a, b in zip(losses, exact, strict=True)]
+    return float(np.max(relative))  # not a number where one of them is not
 
 
 def _root_mean_square(losses: Sequence[float], exact: Sequence[float]) -> float:

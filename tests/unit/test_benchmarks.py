@@ -14,6 +14,7 @@ import yaml
 from benchmarks import latency, layer, recoverability, scaling
 from benchmarks.common import table, timed, write_json
 from benchmarks.layer import Layer, complaint, shortened
+from benchmarks.scaling_report import tables
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel
 
@@ -35,7 +36,7 @@ def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
     return {
         "benchmark": "scaling",
         "emulated": False,
-        "config": {"seq_len": seq_len, "cp": cp},
+        "config": {"seq_len": seq_len, "cp": cp, "dtype": "bfloat16"},
         "check": {"passed": True},
         "environment": {"devices": ["NVIDIA B200"], "dtype": "bfloat16", "versions": {"torch": "2.11.0"}},
         "one_device": {"lighthouse": {"forward": 3.2, "forward_backward": 10.0}},
@@ -104,6 +105,45 @@ def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureF
     assert "Missing" not in text
 
 
+def test_scaling_report_puts_projected_beside_measured_and_dense_beside_lighthouse() -> None:
+    times = result()["exchanges"]["ring"]["lighthouse"]
+    dense = times | {"forward": {"p50_ms": 5.0}, "forward_backward": {"p50_ms": 30.0}}
+    measured = result(exchanges={"ring": {"lighthouse": times, "dense": dense}})
+    measured["one_device"]["dense"] = measured["one_device"]["lighthouse"]
+    alone = emulated_result()["exchanges"]["ulysses"]["dense"]
+    emulated = result(emulated=True, exchanges={"ring": {"lighthouse": alone}})
+    emulated["exchanges"]["ring"]["lighthouse"]["projected_exposed_ms"]["NVLink 4"] = {
+        factor: {"forward": 0.2, "forward_backward": ms} for factor, ms in (("0.5", 1.2), ("1.0", 0.6), ("2.0", 0.3))
+    }
+    text = tables({"m": measured, "e": emulated, "other length": result(16384)})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert ["m", "8,192", "2", "ring", "2.00 / 6.00", "5.00 / 30.00", "2.5 / 5.0"] in lines
+    beside = lines[[line[5:6] for line in lines].index(["compute ms, alone"]) + 2 :]
+    assert beside == [
+        ["m", "8,192", "2", "ring", "lighthouse", "3.00 / 6.00", "1.60 / 5.00", "20.0 / 10.0 / 5.0", "20.0",
+         "3.20 / 6.60", "2.00 / 6.00"],
+    ]  # fmt: skip
+
+
+def test_scaling_report_says_how_exact(tmp_path: Path) -> None:
+    parts = [f"{kind} {part}" for kind in ("lighthouse", "dense") for part in ("out", "dq", "dk", "dv")]
+    check = {
+        "passed": True, "length": 2048,
+        "errors": {"ring selection": 0.0} | {f"ring {part}": 3e-3 for part in parts},
+        "alone": {f"ring {part}": 2e-3 for part in parts},
+    }  # fmt: skip
+    checked = {key: value for key, value in result(check=check).items() if key not in ("exchanges", "one_device")}
+    write_json(tmp_path / "exact.json", checked)
+    text = tables({"exact": checked})
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    where = ["exact", "2,048", "2", "bfloat16", "ring"]
+    assert lines[2:] == [
+        [*where, "lighthouse", "0", *["3.0e-03 (1.50)"] * 4],
+        [*where, "dense", "-", *["3.0e-03 (1.50)"] * 4],
+    ]
+    assert scaling.main(["report", str(tmp_path)]) == 0
+
+
 def test_scaling_report_names_what_is_missing_or_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check = {"passed": False, "against": "one process in float32", "length": 2048,
              "errors": {"lighthouse dk": 0.25, "dense dq": None, "dense dk": 1e-7},
@@ -169,6 +209,23 @@ def test_the_check_passes(dtype: str) -> None:
     assert found["against"] == "one process in float64"
     assert len(found["errors"]) == 9
     assert max(found["errors"].values()) > 0  # the reference is another computation
+
+
+def test_ranks_may_err_twice_as_much_as_one_process() -> None:
+    alone = {"dense out": 1e-3}
+    for error, passed in ((1.99e-3, True), (2.01e-3, False), (math.inf, False)):
+        found = {"errors": {"selection": 0.0, "dense out": error}, "alone": alone, "attention": {"scorer": "norm"}}
+        quiet = {"errors": {"selection": 0.0, "dense out": 0.0}, "alone": alone, "attention": {"scorer": "norm"}}
+        of_all = layer.worst(Layer(4, 2, 8, "bfloat16", CPU), [quiet, found])
+        assert (of_all["passed"], of_all["errors"]["dense out"]) == (passed, error)
+    flipped = {"errors": {"selection": 1e-3, "dense out": 0.0}, "alone": alone, "attention": {"scorer": "norm"}}
+    assert not layer.worst(SMALL, [flipped])["passed"]
+    exact = {
+        "errors": {"selection": 0.0, "dense out": 1e-9},
+        "alone": {"dense out": 0.0},
+        "attention": {"scorer": "norm"},
+    }
+    assert not layer.worst(Layer(4, 2, 8, "float64", CPU), [exact])["passed"]
 
 
 def test_the_check_fails_where_a_gradient_is_wrong() -> None:

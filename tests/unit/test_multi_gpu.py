@@ -1,0 +1,98 @@
+"""What `benchmarks/multi_gpu.sh` reports, and when losses of two layouts are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import multi_gpu_report
+from benchmarks.common import write_json
+from benchmarks.layouts import judged
+
+ENVIRONMENT = {
+    "devices": ["NVIDIA B200"], "dtype": "float64", "ranks": 2, "versions": {"torch": "2.11.0", "nccl": "2.28.3"},
+    "nccl_settings": {"NCCL_NVLS_ENABLE": "0"},
+}  # fmt: skip
+EXACT = [5.0, 4.0, 3.0]
+
+
+def layouts_result(**changes: Any) -> dict[str, Any]:
+    found = judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, [5.0, 4.0, 3.0 + 1e-12]])
+    return {"benchmark": "layouts", "environment": ENVIRONMENT, **found, **changes}
+
+
+def train_result(cp: int, speed: float) -> dict[str, Any]:
+    found = {
+        "memory": {"recompute": "selective", "recompute_layers": None, "offload_layers": 0}, "mfu": 0.4,
+        "step": {"p50_ms": 4000.0}, "tokens_per_s_per_gpu": speed, "gpu_gib": 40.0, "offloaded_gib": 0.0,
+    }  # fmt: skip
+    config = {"seq_len": 1048576, "parallel": {"dp": 1, "cp": cp}}
+    return {
+        "benchmark": "train_step", "config": config, "environment": ENVIRONMENT, "check": {"passed": True},
+        "modes": {"lighthouse": found},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rows.txt").write_text("layouts/float64\nscaling/1m-cp2\ntrain/1m-cp2\ntrain/1m-cp1\n")
+    write_json(tmp_path / "layouts/float64.json", layouts_result())
+    write_json(tmp_path / "train/1m-cp1.json", train_result(1, 134_000.0))
+    write_json(tmp_path / "train/1m-cp2.json", train_result(2, 130_000.0))
+    return tmp_path
+
+
+def report(folder: Path) -> tuple[int, str]:
+    code = multi_gpu_report.main([str(folder)])
+    return code, (folder / "multi_gpu.md").read_text()
+
+
+def test_rows_that_are_left_are_named(folder: Path) -> None:
+    code, text = report(folder)
+    assert code == 0
+    assert "- scaling/1m-cp2: no result: see its log\n" in text
+    assert "- Losses in float64 over 2 ranks: errors at most 3.3e-13, of 1.0e-09 allowed.\n" in text
+    assert "- Whole Lighthouse steps on 2 GPUs: 130,000 tokens/s/GPU, 3.1% more time a token than on one.\n" in text
+    assert "In the environment: NCCL_NVLS_ENABLE=0." in text
+    assert "times say nothing" not in text
+
+
+def test_what_is_wrong_or_damaged_is_named(folder: Path) -> None:
+    write_json(folder / "layouts/float64.json", layouts_result(passed=False))
+    (folder / "train/1m-cp2.json").write_text("{")
+    (folder / "scaling").mkdir()
+    (folder / "scaling/1m-cp2.json").write_text("[]")
+    code, text = report(folder)
+    assert code == 1
+    problems = [line.split(" (")[0] for line in text.splitlines() if line.startswith("- ") and ".json" in line]
+    assert sorted(problems) == [
+        "- layouts/float64: float64.json: not what one process computes",
+        "- scaling/1m-cp2: 1m-cp2.json is not a result of this benchmark",
+        "- train/1m-cp2: 1m-cp2.json is damaged",
+    ]
+    assert "130,000" not in text
+
+
+def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert multi_gpu_report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} has no rows.txt; name a folder of benchmarks/multi_gpu.sh\n"
+
+
+def test_losses_in_float64_are_the_same() -> None:
+    assert judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, 3.0 + 1e-12]])["passed"]
+    assert not judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, [5.0, 4.0, 3.0 + 1e-8]])["passed"]
+    assert not judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, float("nan")]])["passed"]
+    with pytest.raises(ValueError, match="shorter"):
+        judged("float64", EXACT, [(1, 2)], [[5.0, 4.0]])
+
+
+def test_losses_in_bfloat16_stray_as_far_as_those_of_one_process() -> None:
+    def at(difference: float) -> list[float]:
+        return [loss + difference for loss in EXACT]
+
+    found = judged("bfloat16", EXACT, [(1, 1), (2, 1), (1, 2)], [at(1e-3), at(-1.9e-3), at(1.9e-3)])
+    assert found["passed"]
+    assert [run["error"] for run in found["runs"]] == pytest.approx([1e-3, 1.9e-3, 1.9e-3])
+    assert not judged("bfloat16", EXACT, [(1, 1), (1, 2)], [at(1e-3), at(2.1e-3)])["passed"]
