@@ -84,7 +84,7 @@ def test_losses_in_float64_are_the_same() -> None:
     assert judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, 3.0 + 1e-12]])["passed"]
     assert not judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, [5.0, 4.0, 3.0 + 1e-8]])["passed"]
     assert not judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, float("nan")]])["passed"]
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         judged("float64", EXACT, [(1, 2)], [[5.0, 4.0]])
 
 
