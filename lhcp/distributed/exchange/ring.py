@@ -88,12 +88,10 @@ class RingExchange:
         spare = torch.empty_like(kv)
 
         kv_link.post(kv, spare)
-        dq_, dk_, dv_ = block.backward(grad, q, k, v, out, lse, causal=True)
+        dq_, own_dk, own_dv = block.backward(grad, q, k, v, out, lse, causal=True)
         dq = dq_.to(dtype)
-        own_dkv = kv.new_empty(kv.shape, dtype=dtype)
-        own_dkv[0], own_dkv[1] = dk_, dv_
         kv_link.wait()
-        dkv, arriving = torch.zeros_like(own_dkv), torch.empty_like(own_dkv)
+        dkv, arriving = (kv.new_empty(kv.shape, dtype=dtype) for _ in range(2))
         for step in range(1, world):
             kv, spare = spare, kv
             if step < world - 1:
@@ -106,19 +104,26 @@ class RingExchange:
                     lse[..., rows].contiguous(), causal=False,
                 )  # fmt: skip
                 dq[:, rows] += dq_
-            if step > 1:
+            if step == 1:  # nothing has arrived
+                dkv[:, :, 0 if part is None else keys.stop :] = 0
+                if part is not None:
+                    dkv[0, :, keys], dkv[1, :, keys] = dk_, dv_
+            else:
                 dkv_link.wait()
                 dkv, arriving = arriving, dkv
-            if part is not None:
-                dkv[0, :, keys] += dk_
-                dkv[1, :, keys] += dv_
+                if part is not None:
+                    dkv[0, :, keys] += dk_
+                    dkv[1, :, keys] += dv_
             dkv_link.post(dkv, arriving)
             if step < world - 1:
                 kv_link.wait()
         dkv_link.wait()
-        # Tensors of their own: outputs of a torch op must not share memory.
-        dk, dv = (own + arrived for own, arrived in zip(own_dkv, arriving, strict=True))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        # Tensors of their own, since outputs of a torch op must not share memory; added and rounded in one pass.
+        dk, dv = (
+            torch.add(own, arrived, out=own.new_empty(own.shape))
+            for own, arrived in zip((own_dk, own_dv), arriving, strict=True)
+        )
+        return dq.to(q.dtype), dk, dv
 
     def _part(self, step: int, length: int) -> Block | None:
         rank, world = self._communicator.rank, self._layout.world
