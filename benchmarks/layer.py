@@ -6,6 +6,7 @@ B = 1; N tokens, W ranks that share them, H query heads, G KV heads, D their wid
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,9 @@ SCORE_TOLERANCE = 1e-5
 """Largest relative error of a score against plain PyTorch's: both are rounded sums of squares in float32."""
 SHORT = 2048
 """Tokens that the check is about as long as: a reference in float64 holds N x N scores of every head."""
+
+_EXACT = threading.Lock()
+"""Ranks that are threads of one GPU take turns with what needs most memory."""
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -201,7 +205,8 @@ def check(
         "dense": (dense, one.attend, exact_one.attend),
     }
     for name, (attention, of_one, exact_attention) in kinds.items():
-        expected = {part: cp.shard(x) for part, x in forward_backward(exact_attention, exact).items()}
+        with _EXACT:
+            expected = {part: cp.shard(x) for part, x in forward_backward(exact_attention, exact).items()}
         for part, value in forward_backward(attention, shards).items():
             errors[f"{name} {part}"] = largest_over_ranks(_relative(value, expected[part]), layer.device)
         if cp.size > 1:
@@ -224,7 +229,7 @@ def worst(layer: Layer, checks: Sequence[Record]) -> Record:
 def _verdict(dtype: str, scorer: str, errors: Record, alone: Record) -> Record:
     tolerances = dict.fromkeys(errors, TOLERANCE[dtype])
     if dtype != "float64":  # in which the one process has no error to compare with
-        tolerances |= {name: ROUNDING * error for name, error in alone.items()}
+        tolerances |= {name: ROUNDING * min(error, TOLERANCE[dtype]) for name, error in alone.items()}
     of_norm = 0.0 if alone else ROUNDED_SCORES
     tolerances["selection"] = DILATED_TOLERANCE[dtype] if scorer == "dilated" else of_norm
     passed = all(errors[name] <= tolerances[name] for name in errors)
@@ -281,7 +286,9 @@ def complaint(outcome: Mapping[str, Any]) -> str:
     errors, tolerances = outcome["errors"], outcome["tolerances"]
     wrong = {name: error for name, error in errors.items() if error is None or not error <= tolerances[name]}
     # null in a file is a number that was not finite.
-    said = (f"{name} {'inf' if e is None else f'{e:.2g}'} (at most {tolerances[name]:g})" for name, e in wrong.items())
+    said = (
+        f"{name} {'inf' if e is None else f'{e:.2g}'} (at most {tolerances[name]:.3g})" for name, e in wrong.items()
+    )
     return f"check failed against {outcome['against']}, N = {outcome['length']:,}: {', '.join(said)}"
 
 

@@ -1,11 +1,12 @@
-"""One run at every layout of a number of ranks: are its losses those of one process?
+"""One run at every layout of a number of ranks: does it compute what one process does?
 
     python -m benchmarks.layouts CONFIG --ranks 8 --out FILE.json [--set KEY=VALUE ...]
 
-Each layout, `parallel.dp` times `parallel.cp`, is an ordinary run under torchrun. In float64 losses must be the same;
-in another dtype they may stray from float64 twice as far as those of one process do, which holds while the learning
-rate is low: later a selection that rounding flipped makes another curve. Exit codes: 0 done, 1 losses differ or a run
-failed, 2 something that the user can correct.
+Each layout, `parallel.dp` times `parallel.cp`, is an ordinary run under torchrun. In float64 losses and gradient norms
+must be the same (AdamW hides from the losses a factor that all gradients have in common). In another dtype losses may
+stray from float64 twice as far as those of one process do: evidence beside that proof, since a selection that rounding
+flips makes another curve, most of all at a high learning rate. Exit codes: 0 done, 1 a layout computes something else
+or a run failed, 2 something that the user can correct.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from lhcp.metrics import read_metrics, tell
 
 NAME = "layouts"
 TOLERANCE = 1e-9
-"""Largest relative difference of two losses in float64."""
-HEADER = ["dtype", "dp", "cp", "steps", "loss, first", "last", "error", "at most"]
+"""Largest relative difference of two losses, or two gradient norms, in float64."""
+HEADER = ["dtype", "dp", "cp", "steps", "loss, first", "last", "grad norm, last", "error", "at most"]
 NOTE = (
-    "Losses of a run against those of one process in float64. In float64 the error is the largest relative difference "
-    "of a step; else the root mean square of the differences, nats, in brackets in that of one process of the same "
-    f"dtype, of which {layers.ROUNDING:g} are allowed."
+    "A run against one process in float64. In float64 the error is the largest relative difference of a loss or a "
+    "gradient norm; else the root mean square of the differences of losses, nats, in brackets in that of one process "
+    f"of the same dtype, of which {layers.ROUNDING:g} are allowed."
 )
+Curve = dict[str, list[float]]
+"""`losses` and `grad_norms` by step; not a number where one was not finite."""
 
 
 class RunFailed(Exception):
@@ -67,9 +70,9 @@ def _main(path: Path, overrides: Sequence[str], ranks: int, out: Path) -> int:
     make_way(out)
     dtype = configs[0].activation_dtype
     with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
-        exact = _losses(path, [*overrides, "dtype=float64", "compute_dtype=null"], 1, 1, Path(folder) / "exact")
-        found = [] if dtype == "float64" else [_losses(path, overrides, 1, 1, Path(folder) / "alone")]
-        found += [_losses(path, overrides, dp, cp, Path(folder) / f"{dp}x{cp}") for dp, cp in layouts]
+        exact = _curve(path, [*overrides, "dtype=float64", "compute_dtype=null"], 1, 1, Path(folder) / "exact")
+        found = [] if dtype == "float64" else [_curve(path, overrides, 1, 1, Path(folder) / "alone")]
+        found += [_curve(path, overrides, dp, cp, Path(folder) / f"{dp}x{cp}") for dp, cp in layouts]
     shapes = layouts if dtype == "float64" else [(1, 1), *layouts]
     result: Record = {
         "benchmark": NAME,
@@ -81,7 +84,7 @@ def _main(path: Path, overrides: Sequence[str], ranks: int, out: Path) -> int:
     write_json(out, result)
     print(table(HEADER, rows(result)), end="")
     if not result["passed"]:
-        tell("losses of a layout are not those of one process")
+        tell("a layout does not compute what one process does")
     return 0 if result["passed"] else 1
 
 
@@ -89,8 +92,8 @@ def _at(path: Path, overrides: Sequence[str], dp: int, cp: int) -> RunConfig:
     return config_file.load(path, [*overrides, f"parallel.dp={dp}", f"parallel.cp={cp}"]).resolve(dp * cp)
 
 
-def _losses(path: Path, overrides: Sequence[str], dp: int, cp: int, run_dir: Path) -> list[float]:
-    """Of a run, by step.
+def _curve(path: Path, overrides: Sequence[str], dp: int, cp: int, run_dir: Path) -> Curve:
+    """Of a run.
 
     Raises:
         RunFailed: it has said why.
@@ -98,54 +101,56 @@ def _losses(path: Path, overrides: Sequence[str], dp: int, cp: int, run_dir: Pat
     layout = [f"parallel.dp={dp}", f"parallel.cp={cp}", f"output_dir={run_dir}"]
     if code := torchrun.run(path, [*overrides, *layout], dp * cp):
         raise RunFailed(f"the run of dp {dp}, cp {cp} ended with {code}: see above")
-    return [record["loss"] for record in read_metrics(run_dir)]
+    records = read_metrics(run_dir)
+    values = {"losses": "loss", "grad_norms": "grad_norm"}
+    return {
+        name: [math.nan if record[key] is None else record[key] for record in records] for name, key in values.items()
+    }
 
 
-def judged(
-    dtype: str, exact: Sequence[float], shapes: Sequence[tuple[int, int]], found: Sequence[list[float]]
-) -> Record:
+def judged(dtype: str, exact: Curve, shapes: Sequence[tuple[int, int]], found: Sequence[Curve]) -> Record:
     """What differs, and whether it is more than rounding.
 
     Args:
         dtype: that runs compute in.
-        exact: losses of one process in float64, by step.
+        exact: of one process in float64.
         shapes: dp and cp of the runs; first those of one process, if that computes in another dtype.
-        found: losses of these runs.
+        found: of these runs.
 
     Returns:
-        `passed`, `tolerance`, and for each run `dp`, `cp`, `losses` and its `error`.
+        `passed`, `tolerance`, and for each run `dp`, `cp`, its curve and its `error`.
     """
     error = _largest_relative if dtype == "float64" else _root_mean_square
     runs: list[Record] = [
-        {"dp": dp, "cp": cp, "losses": losses, "error": error(losses, exact)}
-        for (dp, cp), losses in zip(shapes, found, strict=True)
+        {"dp": dp, "cp": cp, **curve, "error": error(curve, exact)}
+        for (dp, cp), curve in zip(shapes, found, strict=True)
     ]
     tolerance = TOLERANCE if dtype == "float64" else layers.ROUNDING * runs[0]["error"]
     return {"passed": all(run["error"] <= tolerance for run in runs), "tolerance": tolerance, "runs": runs}
 
 
-def _largest_relative(losses: Sequence[float], exact: Sequence[float]) -> float:
-    relative = [abs(a - b) / abs(b) for a, b in zip(losses, exact, strict=True)]
-    return float(np.max(relative))  # not a number where one of them is not
+def _largest_relative(curve: Curve, exact: Curve) -> float:
+    """Not a number where one of them is not."""
+    relative = [abs(a - b) / abs(b) for name in exact for a, b in zip(curve[name], exact[name], strict=True)]
+    return float(np.max(relative))
 
 
-def _root_mean_square(losses: Sequence[float], exact: Sequence[float]) -> float:
-    return math.sqrt(sum((a - b) ** 2 for a, b in zip(losses, exact, strict=True)) / len(exact))
+def _root_mean_square(curve: Curve, exact: Curve) -> float:
+    squares = [(a - b) ** 2 for a, b in zip(curve["losses"], exact["losses"], strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
 
 
 def rows(result: Record) -> list[list[str]]:
     """Lines of the table under `HEADER`."""
     dtype, tolerance = result["environment"]["dtype"], result["tolerance"]
+    one = tolerance / layers.ROUNDING if dtype != "float64" else 0.0
     return [
         [
-            dtype,
-            str(run["dp"]),
-            str(run["cp"]),
-            str(len(run["losses"])),
+            *(dtype, str(run["dp"]), str(run["cp"]), str(len(run["losses"]))),
             f"{run['losses'][0]:.4f}",
             f"{run['losses'][-1]:.4f}",
-            f"{run['error']:.1e}"
-            + ("" if dtype == "float64" else f" ({run['error'] * layers.ROUNDING / tolerance:.2f})"),
+            f"{run['grad_norms'][-1]:.4f}",
+            f"{run['error']:.1e}" + (f" ({run['error'] / one:.2f})" if one else ""),
             f"{tolerance:.1e}",
         ]
         for run in result["runs"]

@@ -6,8 +6,9 @@
 #     benchmarks/multi_gpu.sh OUT --toy --ranks 2 # every row at a toy size, on CPU processes
 #
 # A call takes at most --minutes (10). Rows that are in OUT are not measured again; nor are rows that failed, until their
-# log in OUT/failed is removed. OUT/multi_gpu.md is the report of what there is. Text is PyTorch's source, or --data DIR.
-# Exit codes: 0 all rows are there, 1 one failed, 2 a wrong argument, 75 rows are left.
+# log in OUT/failed is removed. OUT/multi_gpu.md is the report of what there is. Text is PyTorch's source, or what `lhcp
+# data prepare` has written to --data DIR. Exit codes: 0 all rows are there, 1 one failed, 2 a wrong argument, 75 rows are
+# left.
 set -euo pipefail
 
 usage="usage: $0 OUT [--toy] [--ranks N] [--minutes M] [--data DIR]"
@@ -25,6 +26,10 @@ while [ $# -gt 0 ]; do
             declare "${1#--}=$2"
             shift
             ;;
+        -h | --help)
+            echo "$usage"
+            exit 0
+            ;;
         -*) complain "$1: no such option; $usage" ;;
         *)
             [ -z "$out" ] || complain "$1: one folder is enough; $usage"
@@ -35,7 +40,11 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || complain "$usage"
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || complain "--minutes $minutes: must be a whole number from 1 on"
-mkdir -p "$out/failed" "$out/logs" || complain "$out cannot be written; choose another folder"
+[ -z "$data" ] || [ -d "$data" ] || complain "--data $data: no such folder; make it by lhcp data prepare, or leave it out"
+{ mkdir -p "$out/failed" "$out/logs" && : >>"$out/rows.txt" && exec 9>"$out/.lock"; } 2>/dev/null ||
+    complain "$out cannot be written; choose another folder"
+# Rows inherit the lock, so one that outlived its call holds it, too.
+flock -n 9 || complain "$out: another call, or a row that one left behind, is still running; wait for it"
 out=$(realpath "$out")
 [ -z "$data" ] || data=$(realpath "$data")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -45,12 +54,15 @@ gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=${ranks:-$([ -n "$toy" ] && echo 2 || echo "$gpus")}
 [[ $ranks =~ ^(2|4|8)$ ]] || complain "--ranks $ranks: must be 2, 4 or 8 (this machine has $gpus GPUs)"
 [ -n "$toy" ] || [ "$ranks" -le "$gpus" ] || complain "--ranks $ranks: this machine has $gpus GPUs; or give --toy"
-if [ -n "$toy" ]; then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-fi
+[ -z "$toy" ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+size=$([ -n "$toy" ] && echo toy || echo full)
+[ "$(cat "$out/size.txt" 2>/dev/null || echo "$size")" = "$size" ] ||
+    complain "$out holds rows of the other size (with and without --toy); choose another folder"
+echo "$size" >"$out/size.txt"
 
-deadline=$((SECONDS + 60 * minutes - 20)) # the report, and ranks that do not end at once
-left=0 failed=0 child=''
+limit=$((60 * minutes - 40)) # the rest for the report, and for ranks that do not end at once
+deadline=$((SECONDS + limit))
+left=0 failed=0 measured=0 child=''
 # Called by the trap.
 # shellcheck disable=SC2317,SC2329
 stop() {
@@ -61,6 +73,7 @@ stop() {
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
+trap 'stop 129' HUP
 
 : >"$out/rows.txt"
 # row NAME SECONDS COMMAND...: measure one, whose result is OUT/NAME.json, if that long is left.
@@ -74,26 +87,34 @@ row() {
         failed=1
         return
     fi
-    [ ! -e "$out/$name.json" ] || return 0
+    # Without a log it is the result of a row that failed, which somebody wants to try again.
+    [ ! -e "$out/$name.json" ] || [ ! -e "$log" ] || return 0
+    if [ "$seconds" -gt "$limit" ]; then
+        echo "$name: takes up to $seconds s, of which a call has $limit; give more --minutes"
+        failed=1
+        return
+    fi
     if [ $((deadline - SECONDS)) -lt "$seconds" ]; then
         left=1
         return
     fi
+    measured=$((measured + 1))
+    rm -f "$out/$name.json"
     # In the background, since a trap waits for what is in the foreground.
-    timeout --foreground --kill-after 20 $((deadline - SECONDS)) "$@" --out "$out/$name.json" >"$log" 2>&1 &
+    timeout --foreground --kill-after 15 $((deadline - SECONDS)) "$@" --out "$out/$name.json" >"$log" 2>&1 &
     child=$!
     wait "$child" || code=$?
     child=''
     if [ "$code" = 0 ]; then
         echo "$name: $((SECONDS - began)) s"
-    elif [ "$code" = 124 ] && [ "$began" -gt 60 ]; then
+    elif [ $SECONDS -ge $deadline ] && [ $measured -gt 1 ]; then
         echo "$name: not done in the $((SECONDS - began)) s that were left"
         left=1
     else
         mv "$log" "$failure"
-        [ "$code" != 124 ] || echo "not done in a whole call: give more --minutes" >>"$failure"
+        [ $SECONDS -lt $deadline ] || echo "error: not done in a whole call: give more --minutes" >>"$failure"
         echo "$name: failed with $code after $((SECONDS - began)) s; see $failure"
-        tail -n 3 "$failure"
+        grep -m 3 "^error" "$failure" || tail -n 3 "$failure"
         failed=1
     fi
 }
@@ -130,10 +151,13 @@ declare -A dtype=(
     [float32]="--set compute_dtype=float32"
     [bfloat16]="--set compute_dtype=bfloat16"
 )
-declare -A seconds=([1k]=60 [98k]=60 [256k]=90 [512k]=120 [1m]=260) # of a row of layers of that length, at most
+# Of a row at most; of layers of that length, and of others.
+declare -A seconds=([1k]=40 [98k]=60 [256k]=90 [512k]=120 [1m]=260)
+declare -A most=([exact]=90 [layouts]=300 [train]=240 [exchanges]=120)
+[ -z "$toy" ] || most=([exact]=40 [layouts]=40 [train]=40 [exchanges]=40)
 exchanges=ring,allgather,ulysses
 longest=${lengths[0]}
-data=${data:-$out/data}
+data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
 # The command may not be installed where the source tree is run.
 [ -e "$data" ] || python -c 'from lhcp.cli import app; app()' data prepare "${text[@]}" --out "$data" --held-out 0.1
 
@@ -148,7 +172,7 @@ data=${data:-$out/data}
         if [ "$2" = bfloat16 ] && [ -z "$toy" ] && python -c 'import flash_attn, ring_flash_attn' 2>/dev/null; then
             flash=,ring_flash_attn
         fi
-        row "scaling/exact-$2-cp$1" 90 $over "$1" $layers ${length[$longest]} ${dtype[$2]} --set "parallel.cp=$1" \
+        row "scaling/exact-$2-cp$1" "${most[exact]}" $over "$1" $layers ${length[$longest]} ${dtype[$2]} --set "parallel.cp=$1" \
             --exchanges "$exchanges$flash" --repeats 0
     }
     scaling() { # scaling LENGTH RANKS: Lighthouse and dense over ranks
@@ -159,21 +183,21 @@ data=${data:-$out/data}
             --repeats $repeats
     }
     training() { # training RANKS FLAG...: whole steps of a model
-        row "train/$longest-cp$1" 240 $over "$1" -m benchmarks.train_step $step --set "data.path=$data" \
+        row "train/$longest-cp$1" "${most[train]}" $over "$1" -m benchmarks.train_step $step --set "$text_is" \
             --set "parallel.cp=$1" "${@:2}"
     }
 
     for kind in bfloat16 float32; do exact "$ranks" $kind; done
     for kind in "${dtypes[@]}"; do
-        row "layouts/$kind" 300 python -m benchmarks.layouts $layouts ${dtype[$kind]} --set "data.path=$data" \
-            --set "global_batch_size=$batch" --set micro_batch_size=1 --set eval={} --set optim.warmup_steps=50 \
+        row "layouts/$kind-x$ranks" "${most[layouts]}" python -m benchmarks.layouts $layouts ${dtype[$kind]} \
+            --set "$text_is" --set "global_batch_size=$batch" --set micro_batch_size=1 --set eval={} --set optim.warmup_steps=50 \
             --ranks "$ranks"
     done
     scaling "$longest" "$ranks"
     emulated "$longest"
     training "$ranks" --memory selective
     training 1
-    row "scaling/$longest-cp$ranks-exchanges" 120 $over "$ranks" $layers ${length[$longest]} \
+    row "scaling/$longest-cp$ranks-exchanges" "${most[exchanges]}" $over "$ranks" $layers ${length[$longest]} \
         --set "parallel.cp=$ranks" --repeats $repeats --exchanges allgather,ulysses --no-dense
     for ((cp = 2; cp < ranks; cp *= 2)); do
         for kind in bfloat16 float32; do exact $cp $kind; done

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import layouts, scaling_report, train_step
@@ -20,6 +20,7 @@ from lhcp.config import ConfigError
 from lhcp.metrics import tell
 
 ROWS, REPORT = "rows.txt", "multi_gpu.md"
+NOT_YET = "not measured yet"
 TRAINED = ["N", "dp", "cp", *train_step.HEADER]
 Results = Mapping[str, Record]
 
@@ -45,18 +46,16 @@ def report(folder: Path) -> int:
     check_folder(folder)
     if not (folder / ROWS).exists():
         raise ConfigError(f"{folder} has no {ROWS}; name a folder of benchmarks/multi_gpu.sh")
-    rows = read_names(folder / ROWS)
-    problems = dict.fromkeys(rows, NO_RESULT)
-    scaling, of_scaling, _ = scaling_report.read(folder / "scaling", _names("scaling", rows))
-    problems = {name: what for name, what in problems.items() if not name.startswith("scaling/")}
-    problems |= {f"scaling/{name}": what for name, what in of_scaling.items()}
+    problems = dict.fromkeys(read_names(folder / ROWS), NO_RESULT)
+    scaling = _scaling(folder, problems)
     curves = _read(folder, "layouts", problems, layouts.rows)
     steps = _read(folder, "train", problems, _trained)
+    problems = {name: _said(folder, name, what) for name, what in problems.items()}
     parts = [
         "\n".join(f"- {line}" for line in summary(scaling, curves, steps)) + "\n",
         "## One layer\n",
         scaling_report.tables(scaling),
-        "## Losses of a run, by layout\n",
+        "## A run, by layout\n",
         table(layouts.HEADER, [line for result in curves.values() for line in layouts.rows(result)]),
         f"{layouts.NOTE}\n",
         "## Whole training steps\n",
@@ -72,11 +71,30 @@ def report(folder: Path) -> int:
     text = document("Several GPUs", "\n".join(parts), notes, problems)
     write_text(folder / REPORT, text)
     print(text, end="")
-    return 1 if set(problems.values()) - {NO_RESULT} else 0
+    return 1 if set(problems.values()) - {NOT_YET} else 0
 
 
-def _names(kind: str, rows: Sequence[str]) -> list[str]:
+def _names(kind: str, rows: Iterable[str]) -> list[str]:
     return [row.removeprefix(f"{kind}/") for row in rows if row.startswith(f"{kind}/")]
+
+
+def _said(folder: Path, name: str, what: str) -> str:
+    """What is wrong with a row, and what to do."""
+    log = folder / "failed" / f"{name.replace('/', '-')}.log"
+    if what == NO_RESULT:
+        return f"failed: see {log.relative_to(folder)}" if log.exists() else NOT_YET
+    return f"{what}; remove it to measure again" if "damaged" in what else what
+
+
+def _scaling(folder: Path, problems: dict[str, str]) -> dict[str, Record]:
+    """As `_read`, of `benchmarks.scaling`."""
+    names = _names("scaling", problems)
+    results, wrong, _ = scaling_report.read(folder / "scaling", names)
+    for name in names:
+        del problems[f"scaling/{name}"]
+        if name in wrong:
+            problems[f"scaling/{name}"] = wrong[name]
+    return {name: results[name] for name in names if name in results}
 
 
 def _read(
@@ -97,7 +115,7 @@ def _read(
             setting(result["environment"])
             results[name] = result
             del problems[f"{kind}/{name}"]
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        except (OSError, AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             problems[f"{kind}/{name}"] = f"{path.name} is damaged ({type(error).__name__}: {error})"
     return results
 
@@ -109,7 +127,7 @@ def _trained(result: Record) -> list[list[str]]:
 
 
 def _nccl(environment: Record) -> str:
-    settings = " ".join(f"{key}={value}" for key, value in environment["nccl_settings"].items())
+    settings = " ".join(f"{key}={value}" for key, value in environment.get("nccl_settings", {}).items())
     return f"In the environment: {settings}." if settings else "No NCCL settings in the environment."
 
 
@@ -118,32 +136,34 @@ def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
     ratios: dict[tuple[str, int], float] = {}
     for result in scaling.values():
         check, key = result["check"], (result["config"]["dtype"], result["config"]["cp"])
-        of_result = [check["errors"][name] / error for name, error in check["alone"].items() if error]
+        of_result = [check["errors"][name] / error for name, error in check.get("alone", {}).items() if error]
         if of_result and not result["emulated"]:
             ratios[key] = max(ratios.get(key, 0.0), *of_result)
     for (dtype, cp), ratio in sorted(ratios.items()):
         yield f"One layer in {dtype} over {cp} ranks: errors at most {ratio:.2f} times those of one process."
     for result in curves.values():
-        errors = [run["error"] for run in result["runs"] if run["dp"] * run["cp"] > 1]
+        error = max(run["error"] for run in result["runs"] if run["dp"] * run["cp"] > 1)
         yield (
-            f"Losses in {result['environment']['dtype']} over {result['environment']['ranks']} ranks: errors at most "
-            f"{max(errors):.1e}, of {result['tolerance']:.1e} allowed."
+            f"Runs in {result['environment']['dtype']} at every layout of {result['environment']['ranks']} ranks: "
+            f"errors at most {error:.1e}, of {result['tolerance']:.1e} allowed."
         )
     for result in _measured(scaling):
-        config, of = result["config"], result["exchanges"]["ring"]["lighthouse"]
-        over = scaling_report.overhead(result, "ring", "lighthouse")["forward_backward"]
+        config, both = result["config"], "forward_backward"
+        over = scaling_report.overhead(result, "ring", "lighthouse")[both]
+        exposed = result["exchanges"]["ring"]["lighthouse"]["exposed_ms"][both]
+        share = result["one_device"]["lighthouse"][both] / config["cp"]
         yield (
             f"A Lighthouse layer of {config['seq_len']:,} tokens over {config['cp']} ranks by ring, forward and "
-            f"backward: {over:.1f}% above a share of one device's time, of which transfers that compute does not hide "
-            f"{100 * of['exposed_ms']['forward_backward'] / of['compute_ms']['forward_backward']:.1f}%."
+            f"backward: {over:.1f}% above a share of one device's time, {100 * exposed / share:.1f}% of it what "
+            "transfers and the host add to compute."
         )
     speed = {
         result["config"]["parallel"]["cp"]: result["modes"]["lighthouse"]["tokens_per_s_per_gpu"]
         for result in steps.values()
     }
     for cp in sorted(speed.keys() - {1}):
-        against = f", {100 * (speed[1] / speed[cp] - 1):.1f}% more time a token than on one" if 1 in speed else ""
-        yield f"Whole Lighthouse steps on {cp} GPUs: {speed[cp]:,.0f} tokens/s/GPU{against}."
+        against = f", {100 * (speed[1] / speed[cp] - 1):.1f}% more time a token than on one GPU" if 1 in speed else ""
+        yield f"Whole Lighthouse steps on {cp} GPUs: {speed[cp]:,.0f} tokens/s/GPU{against}; `memory` as in the table."
 
 
 def _measured(scaling: Results) -> list[Record]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import layer as layer_module
 from benchmarks import scaling
 from benchmarks.emulation import Network, Pass, _Recording, exposed_ms
 from lhcp import config_file
@@ -191,15 +192,10 @@ def test_a_check_that_one_rank_fails_is_failed(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def check(layer: Any, length: int, attention: Any, cp: ContextParallel, *others: Any) -> dict[str, Any]:
-        error = float(cp.rank == 1)
-        return {
-            "passed": not error,
-            "length": length,
-            "against": "one process",
-            "errors": {"out": error},
-            "tolerances": {"out": 0.5},
-        }
+        errors = {"selection": 0.0, "out": float(cp.rank == 1)}
+        of = {"length": length, "against": "one process", "attention": attention.model_dump()}
+        return of | layer_module._verdict("float32", "norm", errors, {"out": 4e-6})
 
     monkeypatch.setattr(scaling.layers, "check", check)
     assert scaling.main([str(config), "--emulate", "2", "--out", str(tmp_path / "out.json")]) == 1
-    assert "ring out 1 (at most 0.5); nothing was timed" in capsys.readouterr().err
+    assert "ring out 1 (at most 8e-06); nothing was timed" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from waiting import until
 SCRIPT = Path(__file__).parents[2] / "benchmarks/multi_gpu.sh"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROWS = {
-    "scaling/exact-bfloat16-cp{n}", "scaling/exact-float32-cp{n}", "layouts/float64", "scaling/1k-cp{n}",
+    "scaling/exact-bfloat16-cp{n}", "scaling/exact-float32-cp{n}", "layouts/float64-x{n}", "scaling/1k-cp{n}",
     "scaling/1k-cp{n}-emulated", "train/1k-cp{n}", "train/1k-cp1", "scaling/1k-cp{n}-exchanges", "scaling/1k-cp1",
 }  # fmt: skip
 OF_FOUR = {"scaling/exact-bfloat16-cp2", "scaling/exact-float32-cp2", "scaling/1k-cp2"}
@@ -55,10 +55,15 @@ def processes_of(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two processes, told to end in the third row, and called again."""
-    out = tmp_path_factory.mktemp("multi-gpu") / "two"
+    """Of two processes: a call that ends before all is done, one that is told to end in mid row, a third."""
+    out = tmp_path_factory.mktemp("multi-gpu") / "two: it's here"
+    code, text = finish(out, "--ranks", "2", "--minutes", "2")
+    assert (code, text.splitlines()[-1]) == (75, "rows are left: the same again goes on"), text
+    assert "- train/1k-cp1: not measured yet" in (out / "multi_gpu.md").read_text()
     script = start(out, "--ranks", "2")
-    until((out / "logs/layouts-float64.log").exists, 120, lambda: str(processes_of(out)))
+    until((out / "logs/train-1k-cp1.log").exists, 200, lambda: str(processes_of(out)))
+    code, text = finish(out, "--ranks", "2")
+    assert (code, "another call, or a row that one left behind, is still running" in text) == (2, True)
     script.send_signal(signal.SIGTERM)
     script.communicate(timeout=60)
     assert script.returncode == 143
@@ -66,7 +71,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not list((out / "failed").iterdir())
     before = (out / "scaling/exact-float32-cp2.json").stat().st_mtime_ns
     code, text = finish(out, "--ranks", "2")
-    assert (code, "exact-float32" in text) == (0, False), text
+    assert (code, "exact-float32" in text, "train/1k-cp1" in text) == (0, False, True), text
     assert (out / "scaling/exact-float32-cp2.json").stat().st_mtime_ns == before
     return out
 
@@ -89,9 +94,9 @@ def check(out: Path, ranks: int, rows: set[str]) -> None:
         assert "exchanges" not in of
     timed = scaling[f"1k-cp{ranks}"]
     assert all(timed["exchanges"]["ring"][kind]["forward"]["p50_ms"] > 0 for kind in ("lighthouse", "dense"))
-    runs = results(out, "layouts")["float64"]["runs"]
+    runs = results(out, "layouts")[f"float64-x{ranks}"]["runs"]
     assert {(run["dp"], run["cp"]) for run in runs} == {(ranks // cp, cp) for cp in (1, 2, 4) if ranks % cp == 0}
-    assert all(run["error"] <= 1e-9 and len(run["losses"]) == 4 for run in runs)
+    assert all(run["error"] <= 1e-9 and len(run["losses"]) == len(run["grad_norms"]) == 4 for run in runs)
     (over,) = results(out, "train")[f"1k-cp{ranks}"]["modes"].values()
     (alone,) = results(out, "train")["1k-cp1"]["modes"].values()
     assert over["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -106,6 +111,17 @@ def test_two_processes(two: Path) -> None:
         assert header in text
 
 
+def test_toy_rows_are_not_taken_for_real_ones(two: Path) -> None:
+    done = subprocess.run(
+        [str(SCRIPT), str(two)], env=ENV | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.startswith("error: --ranks 0: must be")) == (2, True)
+    (two / "size.txt").write_text("full\n")
+    code, text = finish(two, "--ranks", "2")
+    (two / "size.txt").write_text("toy\n")
+    assert (code, "holds rows of the other size" in text) == (2, True)
+
+
 def test_four_processes(tmp_path: Path) -> None:
     code, text = finish(tmp_path / "four", "--ranks", "4")
     assert code == 0, text
@@ -115,17 +131,19 @@ def test_four_processes(tmp_path: Path) -> None:
 def test_a_row_that_failed_is_not_run_again(two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(two, out)
-    (out / "layouts/float64.json").unlink()
-    (out / "data/meta.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "data")
+    (out / "logs/layouts-float64-x2.log").unlink()  # as of a check that failed
+    shutil.move(out / "data", tmp_path / "data")
     (out / "data").mkdir()
     code, text = finish(out, "--ranks", "2")
     assert code == 1
-    assert "layouts/float64: failed with 2 after" in text
-    assert "error: " in (out / "failed/layouts-float64.log").read_text()
-    assert "- layouts/float64: no result: see its log" in (out / "multi_gpu.md").read_text()
-    code, text = finish(out, "--ranks", "2")
-    assert (code, "layouts/float64: failed before; see" in text) == (1, True)
+    assert "layouts/float64-x2: failed with 2 after" in text
+    assert "\nerror: no dataset in " in text
+    assert "- layouts/float64-x2: failed: see failed/layouts-float64-x2.log" in (out / "multi_gpu.md").read_text()
+    code, text = finish(out, "--ranks", "2", "--data", str(tmp_path / "data"))
+    assert (code, "layouts/float64-x2: failed before; see" in text) == (1, True)
+    (out / "failed/layouts-float64-x2.log").unlink()
+    code, text = finish(out, "--ranks", "2", "--data", str(tmp_path / "data"))
+    assert (code, "layouts/float64-x2: " in text) == (0, True), text
 
 
 @pytest.mark.parametrize(
@@ -135,6 +153,7 @@ def test_a_row_that_failed_is_not_run_again(two: Path, tmp_path: Path) -> None:
         (["--minutes", "soon"], "error: --minutes soon: must be a whole number from 1 on"),
         (["--rank", "2"], "error: --rank: no such option; usage: "),
         (["--ranks"], "error: --ranks takes a value; usage: "),
+        (["--data", "nowhere"], "error: --data nowhere: no such folder"),
     ],
 )
 def test_wrong_arguments(words: Sequence[str], message: str, tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ def test_ranks_may_err_twice_as_much_as_one_process() -> None:
         quiet = {"errors": {"selection": 0.0, "dense out": 0.0}, "alone": alone, "attention": {"scorer": "norm"}}
         of_all = layer.worst(Layer(4, 2, 8, "bfloat16", CPU), [quiet, found])
         assert (of_all["passed"], of_all["errors"]["dense out"]) == (passed, error)
+    broken = {"errors": {"selection": 0.0, "dense out": math.inf}, "alone": {"dense out": math.inf},
+              "attention": {"scorer": "norm"}}  # fmt: skip
+    assert not layer.worst(SMALL, [broken])["passed"]
     flipped = {"errors": {"selection": 1e-3, "dense out": 0.0}, "alone": alone, "attention": {"scorer": "norm"}}
     assert not layer.worst(SMALL, [flipped])["passed"]
     exact = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,26 @@ import pytest
 
 from benchmarks import multi_gpu_report
 from benchmarks.common import write_json
-from benchmarks.layouts import judged
+from benchmarks.layouts import Curve, judged
+
+RESULTS = Path(multi_gpu_report.__file__).parent / "results"
 
 ENVIRONMENT = {
     "devices": ["NVIDIA B200"], "dtype": "float64", "ranks": 2, "versions": {"torch": "2.11.0", "nccl": "2.28.3"},
     "nccl_settings": {"NCCL_NVLS_ENABLE": "0"},
 }  # fmt: skip
-EXACT = [5.0, 4.0, 3.0]
+
+
+def curve(last: float = 3.0, grad_norm: float = 2.0, offset: float = 0.0) -> Curve:
+    losses = [loss + offset for loss in (5.0, 4.0, last)]
+    return {"losses": losses, "grad_norms": [1.0, 1.5, grad_norm]}
+
+
+EXACT = curve()
 
 
 def layouts_result(**changes: Any) -> dict[str, Any]:
-    found = judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, [5.0, 4.0, 3.0 + 1e-12]])
+    found = judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, curve(3.0 + 1e-12)])
     return {"benchmark": "layouts", "environment": ENVIRONMENT, **found, **changes}
 
 
@@ -52,9 +63,9 @@ def report(folder: Path) -> tuple[int, str]:
 def test_rows_that_are_left_are_named(folder: Path) -> None:
     code, text = report(folder)
     assert code == 0
-    assert "- scaling/1m-cp2: no result: see its log\n" in text
-    assert "- Losses in float64 over 2 ranks: errors at most 3.3e-13, of 1.0e-09 allowed.\n" in text
-    assert "- Whole Lighthouse steps on 2 GPUs: 130,000 tokens/s/GPU, 3.1% more time a token than on one.\n" in text
+    assert "- scaling/1m-cp2: not measured yet\n" in text
+    assert "- Runs in float64 at every layout of 2 ranks: errors at most 3.3e-13, of 1.0e-09 allowed.\n" in text
+    assert "- Whole Lighthouse steps on 2 GPUs: 130,000 tokens/s/GPU, 3.1% more time a token than on one GPU" in text
     assert "In the environment: NCCL_NVLS_ENABLE=0." in text
     assert "times say nothing" not in text
 
@@ -73,6 +84,28 @@ def test_what_is_wrong_or_damaged_is_named(folder: Path) -> None:
         "- train/1m-cp2: 1m-cp2.json is damaged",
     ]
     assert "130,000" not in text
+    assert text.count("; remove it to measure again\n") == 1
+
+
+def test_a_row_that_failed_has_a_log(folder: Path) -> None:
+    (folder / "failed").mkdir()
+    (folder / "failed/scaling-1m-cp2.log").write_text("error: out of memory\n")
+    code, text = report(folder)
+    assert (code, "- scaling/1m-cp2: failed: see failed/scaling-1m-cp2.log\n" in text) == (1, True)
+
+
+def test_results_of_other_rows_and_of_other_versions_are_no_rows(folder: Path) -> None:
+    """A measured one of the old check, and one that is no row."""
+    (folder / "scaling").mkdir()
+    for name in ("1m-cp2", "unasked"):
+        shutil.copy(RESULTS / "scaling/measured-1m-cp2.json", folder / f"scaling/{name}.json")
+    code, text = report(folder)
+    assert (code, "| 1m-cp2" in text, "unasked" in text) == (0, True, False)
+    assert "One layer in" not in text
+    assert (
+        "- A Lighthouse layer of 1,048,576 tokens over 2 ranks by ring, forward and backward: 11.5% above a share of "
+        "one device's time, 3.2% of it what transfers and the host add to compute.\n"
+    ) in text
 
 
 def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,19 +113,18 @@ def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == f"error: {tmp_path} has no rows.txt; name a folder of benchmarks/multi_gpu.sh\n"
 
 
-def test_losses_in_float64_are_the_same() -> None:
-    assert judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, 3.0 + 1e-12]])["passed"]
-    assert not judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, [5.0, 4.0, 3.0 + 1e-8]])["passed"]
-    assert not judged("float64", EXACT, [(1, 2)], [[5.0, 4.0, float("nan")]])["passed"]
+def test_runs_in_float64_are_the_same() -> None:
+    assert judged("float64", EXACT, [(1, 2)], [curve(3.0 + 1e-12)])["passed"]
+    assert not judged("float64", EXACT, [(2, 1), (1, 2)], [EXACT, curve(3.0 + 1e-8)])["passed"]
+    assert not judged("float64", EXACT, [(1, 2)], [curve(grad_norm=4.0)])["passed"]
+    assert not judged("float64", EXACT, [(1, 2)], [curve(math.nan)])["passed"]
     with pytest.raises(ValueError, match="longer"):
-        judged("float64", EXACT, [(1, 2)], [[5.0, 4.0]])
+        judged("float64", EXACT, [(1, 2)], [{"losses": [5.0], "grad_norms": [1.0]}])
 
 
 def test_losses_in_bfloat16_stray_as_far_as_those_of_one_process() -> None:
-    def at(difference: float) -> list[float]:
-        return [loss + difference for loss in EXACT]
-
-    found = judged("bfloat16", EXACT, [(1, 1), (2, 1), (1, 2)], [at(1e-3), at(-1.9e-3), at(1.9e-3)])
+    found = judged("bfloat16", EXACT, [(1, 1), (2, 1), (1, 2)], [curve(offset=by) for by in (1e-3, -1.9e-3, 1.9e-3)])
     assert found["passed"]
     assert [run["error"] for run in found["runs"]] == pytest.approx([1e-3, 1.9e-3, 1.9e-3])
-    assert not judged("bfloat16", EXACT, [(1, 1), (1, 2)], [at(1e-3), at(2.1e-3)])["passed"]
+    for by in (2.1e-3, math.nan):
+        assert not judged("bfloat16", EXACT, [(1, 1), (1, 2)], [curve(offset=1e-3), curve(offset=by)])["passed"]
