@@ -172,8 +172,8 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
         if [ "$2" = bfloat16 ] && [ -z "$toy" ] && python -c 'import flash_attn, ring_flash_attn' 2>/dev/null; then
             flash=,ring_flash_attn
         fi
-        row "scaling/exact-$2-cp$1" "${most[exact]}" $over "$1" $layers ${length[$longest]} ${dtype[$2]} --set "parallel.cp=$1" \
-            --exchanges "$exchanges$flash" --repeats 0
+        row "scaling/exact-$2-cp$1" "${most[exact]}" $over "$1" $layers ${length[$longest]} ${dtype[$2]} \
+            --set "parallel.cp=$1" --exchanges "$exchanges$flash" --repeats 0
     }
     scaling() { # scaling LENGTH RANKS: Lighthouse and dense over ranks
         row "scaling/$1-cp$2" "${seconds[$1]}" $over "$2" $layers ${length[$1]} --set "parallel.cp=$2" --repeats $repeats
@@ -190,8 +190,8 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
     for kind in bfloat16 float32; do exact "$ranks" $kind; done
     for kind in "${dtypes[@]}"; do
         row "layouts/$kind-x$ranks" "${most[layouts]}" python -m benchmarks.layouts $layouts ${dtype[$kind]} \
-            --set "$text_is" --set "global_batch_size=$batch" --set micro_batch_size=1 --set eval={} --set optim.warmup_steps=50 \
-            --ranks "$ranks"
+            --set "$text_is" --set "global_batch_size=$batch" --set micro_batch_size=1 --set eval={} \
+            --set optim.warmup_steps=50 --ranks "$ranks"
     done
     scaling "$longest" "$ranks"
     emulated "$longest"
