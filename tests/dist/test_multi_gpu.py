@@ -132,18 +132,15 @@ def test_a_row_that_failed_is_not_run_again(two: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(two, out)
     (out / "logs/layouts-float64-x2.log").unlink()  # as of a check that failed
-    shutil.move(out / "data", tmp_path / "data")
+    shutil.rmtree(out / "data")
     (out / "data").mkdir()
     code, text = finish(out, "--ranks", "2")
     assert code == 1
     assert "layouts/float64-x2: failed with 2 after" in text
     assert "\nerror: no dataset in " in text
     assert "- layouts/float64-x2: failed: see failed/layouts-float64-x2.log" in (out / "multi_gpu.md").read_text()
-    code, text = finish(out, "--ranks", "2", "--data", str(tmp_path / "data"))
+    code, text = finish(out, "--ranks", "2")
     assert (code, "layouts/float64-x2: failed before; see" in text) == (1, True)
-    (out / "failed/layouts-float64-x2.log").unlink()
-    code, text = finish(out, "--ranks", "2", "--data", str(tmp_path / "data"))
-    assert (code, "layouts/float64-x2: " in text) == (0, True), text
 
 
 @pytest.mark.parametrize(
