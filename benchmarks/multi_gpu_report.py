@@ -154,8 +154,8 @@ def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
         share = result["one_device"]["lighthouse"][both] / config["cp"]
         yield (
             f"A Lighthouse layer of {config['seq_len']:,} tokens over {config['cp']} ranks by ring, forward and "
-            f"backward: {over:.1f}% above a share of one device's time, {100 * exposed / share:.1f}% of it what "
-            "transfers and the host add to compute."
+            f"backward: {over:.1f}% above a share of one device's time, of which transfers "
+            f"and the host add {100 * exposed / share:.1f} points to what it computes alone."
         )
     speed = {
         result["config"]["parallel"]["cp"]: result["modes"]["lighthouse"]["tokens_per_s_per_gpu"]

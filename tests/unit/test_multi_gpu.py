@@ -104,7 +104,7 @@ def test_results_of_other_rows_and_of_other_versions_are_no_rows(folder: Path) -
     assert "One layer in" not in text
     assert (
         "- A Lighthouse layer of 1,048,576 tokens over 2 ranks by ring, forward and backward: 11.5% above a share of "
-        "one device's time, 3.2% of it what transfers and the host add to compute.\n"
+        "one device's time, of which transfers and the host add 3.2 points to what it computes alone.\n"
     ) in text
 
 
