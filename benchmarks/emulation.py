@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import LEAST_MS, WARM_UP
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import RingLink, Transfer
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,10 @@ class Alone:
     def link(self) -> RingLink:
         """See `Communicator.link`."""
 
-        def begin(send: Tensor, receive: Tensor) -> Callable[[], None]:
-            number = self._begin(send.nbytes)
-            receive.copy_(send)
+        def begin(transfers: Sequence[Transfer]) -> Callable[[], None]:
+            number = self._begin(sum(send.nbytes for send, _ in transfers))
+            for send, receive in transfers:
+                receive.copy_(send)
             self._recording.note("copied")
             return lambda: self._recording.note("wait", number)
 

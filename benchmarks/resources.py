@@ -171,6 +171,7 @@ def launches(case: Case) -> list[Launch]:
     out, lse = sub.float()[:, slots // 2 :], sub.new_empty(1, case.num_heads, slots, dtype=torch.float32)
     new = sub.new_empty(1, case.num_heads, slots - slots // 2, case.head_dim).transpose(1, 2)
     run("merge", merge_kernel.merge_in_one_pass, out, lse[..., slots // 2 :], new, lse[..., slots // 2 :].clone())
+    run("add", merge_kernel.add_in_one_pass, out, out, new)
     return found
 
 

@@ -29,7 +29,7 @@ from lhcp.attention.layers import layer_attentions
 from lhcp.config import ModelConfig
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.exchange import merge
-from lhcp.distributed.exchange.merge_kernel import merge_in_one_pass
+from lhcp.distributed.exchange.merge_kernel import add_in_one_pass, merge_in_one_pass
 from lhcp.kernels.lighthouse import ops, reference
 from lhcp.model.llama import Block
 from lhcp.model.rope import rope_tables
@@ -157,3 +157,21 @@ def test_blocks_are_merged_as_plain_pytorch_does(width: int) -> None:
     merge_in_one_pass(out[:, 5:], lse[..., 5:], new, new_lse)
     for value, reference_value in zip((out, lse), expected, strict=True):
         torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [4, 24])
+def test_blocks_gradients_are_added_as_plain_pytorch_does(width: int) -> None:
+    """To the bit: into one of them, rounded to bfloat16, of some rows and heads; what is beside them stays."""
+    batch, n, heads = 2, 37, 3
+    generator = torch.Generator().manual_seed(width)
+    sums = torch.randn(batch, n + 5, heads + 1, width, generator=generator).to(DEVICE)
+    new = torch.randn(batch, heads, n, width, generator=generator).to(DEVICE).bfloat16().transpose(1, 2)
+    expected = sums.clone()
+    expected[:, 5:, 1:] += new
+    rounded = torch.zeros_like(sums, dtype=torch.bfloat16)
+    add_in_one_pass(rounded[:, 5:, 1:], new, sums[:, 5:, 1:])
+    add_in_one_pass(sums[:, 5:, 1:], sums[:, 5:, 1:], new)
+    assert torch.equal(sums, expected)
+    assert torch.equal(rounded[:, 5:, 1:], expected[:, 5:, 1:].bfloat16())
+    assert not rounded[:, :5].any()
+    assert not rounded[:, :, 0].any()

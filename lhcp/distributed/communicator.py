@@ -6,15 +6,16 @@ rank without the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import RingLink, Transfer
 
 # Named so since torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,15 +79,34 @@ class GroupCommunicator:
 
 
 def _send_and_receive(
-    group: ProcessGroup, following: int, previous: int, send: Tensor, receive: Tensor
+    group: ProcessGroup, following: int, previous: int, transfers: Sequence[Transfer]
 ) -> Callable[[], None]:
-    """Start both; what is returned waits for them, on a GPU by making the current stream wait."""
-    works = dist.batch_isend_irecv(
-        [dist.P2POp(dist.irecv, receive, previous, group), dist.P2POp(dist.isend, send, following, group)]
-    )
+    """Start all; what is returned waits for them, on a GPU by making the current stream wait."""
+    ops = []
+    for send, receive in transfers:
+        ops += [dist.P2POp(dist.irecv, receive, previous, group), dist.P2POp(dist.isend, send, following, group)]
+    works = dist.batch_isend_irecv(ops)
+    if transfers[0][0].is_cuda:
+        _detour(transfers[0][0].device)
 
     def finish() -> None:
         for work in works:
             work.wait()
 
     return finish
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _detour(device: torch.device) -> None:
+    """Make what follows on the current stream start some microseconds later, when NCCL's kernel has started.
+
+    An attention kernel takes every multiprocessor until it ends. Launched first, by however little, it would keep the
+    transfer that it should hide waiting, and all of it would come after.
+    """
+    here, elsewhere = torch.cuda.current_stream(device), _stream(device)
+    elsewhere.wait_stream(here)
+    here.wait_stream(elsewhere)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import RingLink, Transfer
 
 T = TypeVar("T")
 TIMEOUT_S = 300.0
@@ -51,9 +52,13 @@ class ThreadCommunicator:
         """See `Communicator.link`."""
         return RingLink(self._transfer)
 
-    def _transfer(self, send: Tensor, receive: Tensor) -> Callable[[], None]:
-        self._with_all(send, lambda everyone: receive.copy_(everyone[self.rank - 1]))
+    def _transfer(self, transfers: Sequence[Transfer]) -> Callable[[], None]:
+        for send, receive in transfers:
+            self._with_all(send, partial(self._receive, receive))
         return lambda: None
+
+    def _receive(self, receive: Tensor, everyone: list[Tensor]) -> Tensor:
+        return receive.copy_(everyone[self.rank - 1])
 
     def _with_all(self, x: Tensor, take: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """What `take` makes of every rank's `x`, which none changes before all have taken."""

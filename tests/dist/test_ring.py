@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import ring as ring_module
 from lhcp.distributed.exchange.block import CpuBackend
 from lhcp.distributed.exchange.ring import RingExchange
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import RingLink, Transfer
 from lhcp.distributed.sharding import ChunkLayout
 from ranks import run_ranks
 
@@ -25,22 +27,23 @@ class Recorder(GroupCommunicator):
     def __init__(self) -> None:
         super().__init__(dist.group.WORLD)
         self.events: list[str] = []
-        self.buffers: list[set[int]] = []
+        self.buffers: set[tuple[torch.dtype, int]] = set()
 
     def link(self) -> RingLink:
-        recorder, link, number = self, super().link(), len(self.buffers)
-        name = f"link{number}"
-        self.buffers.append(set())
+        recorder, link = self, super().link()
 
         class RecordingLink(RingLink):
-            def post(self, send: Tensor, receive: Tensor) -> None:
-                recorder.events.append(f"{name} post")
-                recorder.buffers[number] |= {send.data_ptr(), receive.data_ptr()}
-                super().post(send, receive)
+            def post(self, *transfers: Transfer) -> None:
+                # Keys and values are sent in their own dtype, gradients in float32.
+                recorder.events.append(
+                    "post " + " ".join("kv" if send.dtype == torch.bfloat16 else "dkv" for send, _ in transfers)
+                )
+                recorder.buffers |= {(x.dtype, x.data_ptr()) for transfer in transfers for x in transfer}
+                super().post(*transfers)
 
             def wait(self) -> None:
                 super().wait()
-                recorder.events.append(f"{name} wait")
+                recorder.events.append("wait")
 
         return RecordingLink(link._start)
 
@@ -61,16 +64,18 @@ class Recorder(GroupCommunicator):
         return RecordingBackend()
 
 
-Recorded = tuple[list[str], list[int]]
-"""Events, and how many buffers each link had."""
+Recorded = tuple[list[str], Counter[torch.dtype]]
+"""Events, and how many buffers were sent or received into, by dtype."""
 
 
-def record(world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recorded, Recorded]]:
+def record(
+    world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch, kv_heads: int = KV_HEADS
+) -> list[tuple[Recorded, Recorded]]:
     """Of forward and of backward, by rank."""
 
     def rank_main(rank: int) -> tuple[Recorded, Recorded]:
         q = torch.randn(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16)
-        k, v = (torch.randn(BATCH, LENGTH, KV_HEADS, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(BATCH, LENGTH, kv_heads, WIDTH, dtype=torch.bfloat16) for _ in range(2))
         results = []
         saved: tuple[Tensor, ...] = ()
         for direction in ("forward", "backward"):
@@ -82,7 +87,7 @@ def record(world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch) -> l
                 saved = exchange.forward(q, k, v)
             else:
                 exchange.backward(torch.randn_like(q), q, k, v, *saved)
-            results.append((recorder.events, [len(buffers) for buffers in recorder.buffers]))
+            results.append((recorder.events, Counter(dtype for dtype, _ in recorder.buffers)))
         return results[0], results[1]
 
     return run_ranks(world, rank_main)
@@ -91,29 +96,34 @@ def record(world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch) -> l
 def test_forward_posts_before_and_waits_after_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
     for (events, _), _ in record(4, "zigzag", monkeypatch):
         assert events == [
-            "link0 post", "diagonal", "link0 wait",
-            "link0 post", "block", "link0 wait",
-            "link0 post", "block", "link0 wait",
+            "post kv", "diagonal", "wait",
+            "post kv", "block", "wait",
+            "post kv", "block", "wait",
             "block",
         ]  # fmt: skip
 
 
-def test_backward_overlaps_both_transfers_with_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """link0 carries keys and values, link1 their gradients, one hop behind."""
+def test_backward_overlaps_every_transfer_with_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients travel one hop behind; the diagonal block of half the heads comes last, beside their last hop."""
     for _, (events, _) in record(4, "zigzag", monkeypatch):
         assert events == [
-            "link0 post", "diagonal", "link0 wait",
-            "link0 post", "block", "link1 post", "link0 wait",
-            "link0 post", "block", "link1 wait", "link1 post", "link0 wait",
-            "block", "link1 wait", "link1 post",
-            "link1 wait",
+            "post kv", "diagonal", "wait",
+            "post kv", "block", "wait",
+            "post kv dkv", "block", "wait",
+            "post dkv", "block", "wait",
+            "post dkv", "diagonal", "wait",
         ]  # fmt: skip
+
+
+def test_one_head_of_keys_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, (events, _) in record(2, "zigzag", monkeypatch, kv_heads=1):
+        assert events == ["post kv", "diagonal", "wait", "block", "post dkv", "wait"]
 
 
 def test_two_buffers_travel_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     for (_, forward), (_, backward) in record(4, "zigzag", monkeypatch):
-        assert forward == [2]
-        assert backward == [2, 2]
+        assert forward == {torch.bfloat16: 2}
+        assert backward == {torch.bfloat16: 2, torch.float32: 2}
 
 
 def test_contiguous_ranks_compute_only_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,17 +137,18 @@ def test_misuse_of_a_link_is_refused() -> None:
         with pytest.raises(RuntimeError, match="call post first"):
             link.wait()
         with pytest.raises(RuntimeError, match="contiguous"):
-            link.post(torch.zeros(4, 4).T, torch.zeros(4, 4))
+            link.post((torch.zeros(4, 4).T, torch.zeros(4, 4)))
         with pytest.raises(RuntimeError, match="shards of one shape"):
-            link.post(torch.zeros(4), torch.zeros(5))
+            link.post((torch.zeros(4), torch.zeros(5)))
         same = torch.zeros(4)
         with pytest.raises(RuntimeError, match="one buffer"):
-            link.post(same, same)
-        received = torch.full((4,), -1.0)
-        link.post(torch.full((4,), float(rank)), received)
+            link.post((same, same))
+        received, also = torch.full((4,), -1.0), torch.full((2,), -1)
+        link.post((torch.full((4,), float(rank)), received), (torch.full((2,), rank + 10), also))
         with pytest.raises(RuntimeError, match="under way"):
-            link.post(torch.zeros(4), torch.zeros(4))
+            link.post((torch.zeros(4), torch.zeros(4)))
         link.wait()
         assert received.tolist() == [(rank - 1) % 3] * 4
+        assert also.tolist() == [(rank - 1) % 3 + 10] * 2
 
     run_ranks(3, rank_main)

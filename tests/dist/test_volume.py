@@ -19,7 +19,7 @@ from lhcp.config import ExchangeName, Sharding
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import block as block_module
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import RingLink, Transfer
 from lhcp.volume import Attention, Bytes, exchange_bytes, layer_bytes
 from ranks import run_ranks
 
@@ -50,9 +50,9 @@ class Counting(GroupCommunicator):
         link, counting = super().link(), self
 
         class CountingLink(RingLink):
-            def post(self, send: Tensor, receive: Tensor) -> None:
-                counting.sent += send.nbytes
-                super().post(send, receive)
+            def post(self, *transfers: Transfer) -> None:
+                counting.sent += sum(send.nbytes for send, _ in transfers)
+                super().post(*transfers)
 
         return CountingLink(link._start)
 

@@ -22,10 +22,11 @@ VARIANTS = {
     "_gather_kernel": {"gather", "gather, shifted"},
     "_spread_kernel": {"spread", "spread, shifted", "spread, shifted, halo"},
     "_merge_kernel": {"merge"},
+    "_add_kernel": {"add"},
 }
 # Bytes. To fit one more block on a multiprocessor, ptxas parks a few of a thread's registers; in which kernels it does,
 # changes with its version (at most 8 in Triton 3.6 and 3.7). A tile that is too large for the registers takes hundreds.
-STACK = {"_pool_kernel": 16, "_select_kernel": 16, "_gather_kernel": 0, "_spread_kernel": 0, "_merge_kernel": 0}
+STACK = {"_pool_kernel": 16, "_select_kernel": 16}
 SHARED = 227 * 1024
 """Of a block, on both architectures."""
 
@@ -57,7 +58,7 @@ def test_every_kernel_fits(found: list[Record]) -> None:
         record
         for record in found
         if record["registers"] > 255
-        or record["stack_bytes"] > STACK[record["kernel"]]
+        or record["stack_bytes"] > STACK.get(record["kernel"], 0)
         or record["shared_bytes"] > SHARED
     ]
     assert not large

@@ -1,4 +1,4 @@
-"""Blocks of one row's attention become one, by their log-sum-exps."""
+"""Blocks of one row's attention become one, by their log-sum-exps, and so do the gradients of blocks, by addition."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
     out *= (lse - total).exp().transpose(1, 2).unsqueeze(-1)
     out += new * (new_lse - total).exp().transpose(1, 2).unsqueeze(-1)
     lse.copy_(total)
+
+
+def add(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """Put x + y into `out`, which may be one of them, rounded once.
+
+    Args:
+        out: [B, n, H, D] in any dtype, D contiguous.
+        x: likewise.
+        y: likewise.
+    """
+    if out.is_cuda and torch.promote_types(x.dtype, y.dtype) == torch.float32:
+        from lhcp.distributed.exchange.merge_kernel import add_in_one_pass
+
+        add_in_one_pass(out, x, y)
+        return
+    torch.add(x, y, out=out)

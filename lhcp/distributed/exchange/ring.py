@@ -2,7 +2,9 @@
 
 At step i a rank holds the keys and values of rank r - i. Step 0 is the diagonal block, so every query row has
 a finite log-sum-exp before blocks are merged. In backward the keys and values travel again, and with them, one
-hop behind, the gradient that the visited ranks have summed for them; a rank's own part never leaves it.
+hop behind, the gradient that the visited ranks have summed for them; a rank's own part never leaves it. Of the
+diagonal block half the heads come first, beside the first hop of the keys and values, and half last, beside the
+last hop of their gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from lhcp.config import BlockBackendName
 from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.merge import merge
+from lhcp.distributed.exchange.merge import add, merge
 from lhcp.distributed.sharding import ChunkLayout
 
 
@@ -59,14 +61,14 @@ class RingExchange:
         kv = torch.stack((k, v))
         spare = torch.empty_like(kv)
 
-        link.post(kv, spare)
+        link.post((kv, spare))
         first, lse = block.forward(q, k, v, causal=True)
         out = first.to(torch.promote_types(q.dtype, torch.float32))
         link.wait()
         for step in range(1, world):
             kv, spare = spare, kv
             if step < world - 1:
-                link.post(kv, spare)
+                link.post((kv, spare))
             part = self._part(step, q.shape[1])
             if part is not None:
                 rows = part.queries
@@ -81,21 +83,35 @@ class RingExchange:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange.backward`."""
         block = block_backend(self._backend, q)
-        kv_link, dkv_link = self._communicator.link(), self._communicator.link()
-        world, dtype = self._layout.world, torch.promote_types(q.dtype, torch.float32)
+        link, world, dtype = self._communicator.link(), self._layout.world, torch.promote_types(q.dtype, torch.float32)
         grad = grad.contiguous()
+        groups, share = k.shape[2], q.shape[2] // k.shape[2]
+        half = max(1, groups // 2)
         kv = torch.stack((k, v))
         spare = torch.empty_like(kv)
+        dq = q.new_zeros(q.shape, dtype=dtype)
 
-        kv_link.post(kv, spare)
-        dq_, own_dk, own_dv = block.backward(grad, q, k, v, out, lse, causal=True)
-        dq = dq_.to(dtype)
-        kv_link.wait()
+        def diagonal(some: slice) -> tuple[Tensor, Tensor]:
+            """Of some groups of heads: adds to dq; dk and dv."""
+            heads = slice(some.start * share, some.stop * share)
+            dq_, dk_, dv_ = block.backward(
+                grad[:, :, heads], q[:, :, heads], k[:, :, some], v[:, :, some], out[:, :, heads],
+                lse[:, heads].contiguous(), causal=True,
+            )  # fmt: skip
+            add(dq[:, :, heads], dq[:, :, heads], dq_)
+            return dk_, dv_
+
+        link.post((kv, spare))
+        early, late = slice(0, half), slice(half, groups)
+        own = [(early, diagonal(early))]
+        link.wait()
         dkv, arriving = (kv.new_empty(kv.shape, dtype=dtype) for _ in range(2))
         for step in range(1, world):
             kv, spare = spare, kv
-            if step < world - 1:
-                kv_link.post(kv, spare)
+            transfers = [(kv, spare)] if step < world - 1 else []
+            transfers += [(dkv, arriving)] if step > 1 else []
+            if transfers:
+                link.post(*transfers)
             part = self._part(step, q.shape[1])
             if part is not None:
                 rows, keys = part.queries, part.keys
@@ -103,26 +119,26 @@ class RingExchange:
                     grad[:, rows], q[:, rows], kv[0, :, keys], kv[1, :, keys], out[:, rows],
                     lse[..., rows].contiguous(), causal=False,
                 )  # fmt: skip
-                dq[:, rows] += dq_
+                add(dq[:, rows], dq[:, rows], dq_)
+            if transfers:
+                link.wait()
             if step == 1:  # nothing has arrived
                 dkv[:, :, 0 if part is None else keys.stop :] = 0
                 if part is not None:
                     dkv[0, :, keys], dkv[1, :, keys] = dk_, dv_
             else:
-                dkv_link.wait()
                 dkv, arriving = arriving, dkv
                 if part is not None:
-                    dkv[0, :, keys] += dk_
-                    dkv[1, :, keys] += dv_
-            dkv_link.post(dkv, arriving)
-            if step < world - 1:
-                kv_link.wait()
-        dkv_link.wait()
-        # Tensors of their own, since outputs of a torch op must not share memory; added and rounded in one pass.
-        dk, dv = (
-            torch.add(own, arrived, out=own.new_empty(own.shape))
-            for own, arrived in zip((own_dk, own_dv), arriving, strict=True)
-        )
+                    for sums, new in zip(dkv[:, :, keys], (dk_, dv_), strict=True):
+                        add(sums, sums, new)
+        link.post((dkv, arriving))
+        if half < groups:
+            own.append((late, diagonal(late)))
+        link.wait()
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        for some, parts in own:
+            for whole, mine, arrived in zip((dk, dv), parts, arriving, strict=True):
+                add(whole[:, :, some], mine, arrived[:, :, some])
         return dq.to(q.dtype), dk, dv
 
     def _part(self, step: int, length: int) -> Block | None:
