@@ -83,8 +83,12 @@ def _compiled(function: Function) -> Function:
 
 
 def _recomputed(mode: RecomputeMode) -> Forward:
-    """`Block.forward` that keeps its input and, of what it computes, what it selected and, if `selective`, attended."""
-    kept = [torch.ops.lhcp.select.default] + ([torch.ops.lhcp.attend.default] if mode == "selective" else [])
+    """`Block.forward` that keeps its input and, of what it computes, what it selected and, if `selective`, attended.
+
+    And the halo, which is small: to ask the other ranks for it again would be to wait for the slowest again.
+    """
+    kept = [torch.ops.lhcp.select.default, torch.ops.lhcp.halo.default]
+    kept += [torch.ops.lhcp.attend.default] if mode == "selective" else []
 
     def forward(block: Block, *args: Any) -> Tensor:
         contexts = partial(create_selective_checkpoint_contexts, kept)

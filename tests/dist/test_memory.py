@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lhcp.attention.layers import AttentionFunction
 from lhcp.config import RunConfig
+from lhcp.distributed.halo import Halo
 from lhcp.kernels.lighthouse import reference
 from lhcp.model import llama
 from lhcp.parallelize import full
@@ -44,30 +47,33 @@ def test_each_rank_holds_its_share(data: Path, dp: int, cp: int) -> None:
         assert local * 4 == whole
 
 
-def gradients(config: RunConfig, rank: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of a Lighthouse step, and how often a layer selected."""
-    trainer, calls = make_trainer(config), 0
-    original = reference.select
+def gradients(config: RunConfig, rank: int) -> tuple[dict[str, Tensor], int, int]:
+    """Gradients of a Lighthouse step, how often a layer selected, and how often it asked its neighbours for rows."""
+    trainer, calls = make_trainer(config), Counter[str]()
 
-    def counting(*args: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return original(*args)
+    def counted(name: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counting(*args: Any) -> Tensor:
+            calls[name] += 1
+            return original(*args)
 
-    reference.select = counting
+        return counting
+
+    reference.select = counted("select", reference.select)
+    Halo.neighbours = counted("halo", Halo.neighbours)  # type: ignore[method-assign]
     trainer.gradients(0, trainer.attention("lighthouse"))
-    return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, calls
+    return {name: full(p.grad) for name, p in trainer.model.named_parameters()}, calls["select"], calls["halo"]
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize(("dp", "cp"), [(1, 1), (1, 2), (2, 2)])
-def test_recomputation_changes_nothing_and_selects_once(data: Path, dp: int, cp: int, mode: str) -> None:
+def test_recomputation_changes_nothing_and_selects_and_meets_once(data: Path, dp: int, cp: int, mode: str) -> None:
     config = make_config(data, dp, cp)
-    ((reference, calls), *_) = run_ranks(dp * cp, partial(gradients, config))
+    ((reference, selected, met), *_) = run_ranks(dp * cp, partial(gradients, config))
     recomputing = make_config(data, dp, cp, memory={"recompute": mode})
-    assert calls == 2 * 4 // dp  # layers 1 and 2, in each of this replica's passes
-    for values, recomputed_calls in run_ranks(dp * cp, partial(gradients, recomputing)):
-        assert recomputed_calls == calls
+    assert selected == 2 * 4 // dp  # layers 1 and 2, in each of this replica's passes
+    assert met == (2 * selected if cp > 1 else 0)  # forward and backward
+    for values, selected_now, met_now in run_ranks(dp * cp, partial(gradients, recomputing)):
+        assert (selected_now, met_now) == (selected, met)
         assert largest_error(values, reference) <= 1e-12
 
 
