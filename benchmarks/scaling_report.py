@@ -14,7 +14,18 @@ from benchmarks.emulation import FACTORS, NETWORKS
 NAME = "scaling"
 REPORT_FILE = "scaling.md"
 KEYS = ["element", "N", "cp", "exchange", "attention"]
-MEASURED = [*KEYS, "ms", "compute ms", "host ms", "exposed %", "overhead %", "tokens/s per rank", "sent MB", "GiB"]
+MEASURED = [
+    *KEYS,
+    "ms",
+    "compute ms",
+    "host ms",
+    "exposed %",
+    "overhead %",
+    "tokens/s per rank",
+    "sent MB",
+    "hop GB/s",
+    "GiB",
+]
 EMULATED = [
     *KEYS,
     "compute ms",
@@ -44,7 +55,8 @@ NOTES = (
 )
 MEASURED_NOTE = (
     "Measured over ranks. compute: what a rank's device takes without transfers, a GPU as a CUDA graph. host: what it "
-    "takes to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward."
+    "takes to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward. hop: "
+    "one of the ring's, of keys and values, beside no compute."
 )
 EMULATED_NOTE = (
     "Measured on one device, each rank alone, without transfers: compute (a GPU as a CUDA graph), what the host takes "
@@ -188,6 +200,7 @@ def _measured(times: Record, one_device: Record, result: Record) -> list[str]:
         _pair(_overhead(milliseconds, one_device, result["config"]["cp"]), ".1f"),
         f"{times['tokens_per_s_per_rank']:,.0f}",
         _sent(times),
+        f"{times['hop_gb_per_s']:.1f}" if "hop_gb_per_s" in times else "-",
         f"{times['peak_memory_gib']:.2f}",
     ]
 

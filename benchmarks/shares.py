@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from benchmarks import layer as layers
-from benchmarks.common import Record, largest_over_ranks, peak_memory_gib, reset_peak_memory
+from benchmarks.common import Record, largest_over_ranks, peak_memory_gib, reset_peak_memory, timed
 from benchmarks.emulation import FACTORS, NETWORKS, Alone, Pass, exposed_ms
 from lhcp.config import ExchangeName, RunConfig
 from lhcp.distributed import ContextParallel
+from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.volume import Attention, layer_bytes
 
 KINDS = ("forward", "forward_backward")
@@ -43,7 +44,8 @@ def measured(
 
     Returns:
         By attention: `forward` and `forward_backward` of the slowest rank, peak memory, `tokens_per_s_per_rank`,
-        `bytes` that a rank sends, `compute_ms` of the slowest rank alone, and `exposed_ms`: what transfers add.
+        `bytes` that a rank sends, `compute_ms` of the slowest rank alone, and `exposed_ms`: what transfers add. Of the
+        ring, `hop_gb_per_s`: 10^9 bytes a second of keys and values that go one rank on, beside no compute.
     """
     parallel = config.parallel
     cp = ContextParallel(group, parallel.sharding, exchange, parallel.block_backend)
@@ -61,6 +63,9 @@ def measured(
             times["compute_ms"] = compute
             times["host_ms"] = {kind: largest_over_ranks(_host(passes[kind]), layer.device) for kind in KINDS}
             times["exposed_ms"] = {kind: times[kind]["p50_ms"] - compute[kind] for kind in KINDS}
+        if cp.size > 1 and exchange == "ring":
+            attended = config.attention.subsequence_length(config.seq_len) if name == LIGHTHOUSE else config.seq_len
+            times["hop_gb_per_s"] = _hop(GroupCommunicator(group), layer, attended // cp.size, repeats)
         found[name] = times
     return found
 
@@ -100,6 +105,19 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
             },
         }
     return found
+
+
+def _hop(communicator: GroupCommunicator, layer: layers.Layer, tokens: int, repeats: int) -> float:
+    """10^9 bytes a second of keys and values of so many tokens, by the ring's own transfer (collective)."""
+    _, k, v, _ = layer.inputs(tokens, seed=0)
+    link, kv = communicator.link(), torch.stack((k, v))
+    spare = torch.empty_like(kv)
+
+    def hop() -> None:
+        link.post((kv, spare))
+        link.wait()
+
+    return kv.nbytes / timed(hop, layer.device, repeats)["p50_ms"] / 1e6
 
 
 def _attentions(config: RunConfig, cp: ContextParallel, with_dense: bool) -> dict[str, layers.Attention]:

@@ -32,6 +32,7 @@ def result(seq_len: int = 8192, cp: int = 2, **changes: Any) -> dict[str, Any]:
         "compute_ms": {"forward": 1.6, "forward_backward": 5.0},
         "host_ms": {"forward": 0.5, "forward_backward": 1.5},
         "exposed_ms": {"forward": 0.4, "forward_backward": 1.0},
+        "hop_gb_per_s": 155.42,
     }  # fmt: skip
     return {
         "benchmark": "scaling",
@@ -92,9 +93,9 @@ def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureF
     # Time of one device over cp: 1.6 / 5.0 at 2 ranks, 0.8 / 2.5 at 4.
     times = ["ring", "lighthouse", "2.00 / 6.00", "1.60 / 5.00", "0.50 / 1.50", "25.0 / 20.0"]
     assert rows[2:5] == [
-        ["c", "8,192", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
-        ["b", "8,192", "4", *times, "150.0 / 140.0", "250,000", "2.0 / 7.0", "1.50"],
-        ["a", "16,384", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "1.50"],
+        ["c", "8,192", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "155.4", "1.50"],
+        ["b", "8,192", "4", *times, "150.0 / 140.0", "250,000", "2.0 / 7.0", "155.4", "1.50"],
+        ["a", "16,384", "2", *times, "25.0 / 20.0", "500,000", "2.0 / 7.0", "155.4", "1.50"],
     ]
     assert rows[7:] == [
         ["d", "8,192", "2", "ulysses", "dense", "3.00 / 6.00", "0.50 / 1.50", "1.000", "20.0 / 20.0",
