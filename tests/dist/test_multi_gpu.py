@@ -34,7 +34,7 @@ def start(out: Path, *words: str) -> subprocess.Popen[str]:
 
 def finish(out: Path, *words: str) -> tuple[int, str]:
     process = start(out, *words)
-    text, _ = process.communicate(timeout=400)
+    text, _ = process.communicate(timeout=620)  # a call ends by itself within 600
     return process.returncode, text
 
 
