@@ -102,7 +102,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _detour(device: torch.device) -> None:
-    """Make what follows on the current stream start some microseconds later, when NCCL's kernel has started.
+    """Hold what follows on the current stream back for some microseconds, so that NCCL's kernel can start first.
 
     An attention kernel takes every multiprocessor until it ends. Launched first, by however little, it would keep the
     transfer that it should hide waiting, and all of it would come after.

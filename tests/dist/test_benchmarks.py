@@ -63,8 +63,7 @@ def test_ranks_check_and_measure(config: Path, tmp_path: Path) -> None:
     for exchange, of_exchange in found["exchanges"].items():
         for kind in ("lighthouse", "dense"):
             times = of_exchange[kind]
-            # Faster than any memory, or slower than this test may take: wrong by a unit.
-            assert exchange != "ring" or 1e-4 < times["hop_gb_per_s"] < 1e3
+            assert ("hop_gb_per_s" in times) is (exchange == "ring")
             assert 0 < times["peak_memory_gib"] < 4
             assert times["tokens_per_s_per_rank"] == pytest.approx(256 / times["forward_backward"]["p50_ms"] * 1e3)
             for direction in ("forward", "forward_backward"):

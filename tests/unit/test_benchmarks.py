@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import latency, layer, recoverability, scaling
+from benchmarks import latency, layer, recoverability, scaling, shares
 from benchmarks.common import table, timed, write_json
 from benchmarks.layer import Layer, complaint, shortened
 from benchmarks.scaling_report import tables
@@ -79,6 +80,32 @@ def test_times_are_percentiles_after_a_warm_up() -> None:
     found = timed(lambda: calls.append(0), CPU, 4)
     assert len(calls) == 6
     assert 0 < found["p20_ms"] <= found["p50_ms"] <= found["p80_ms"] < 1000
+
+
+def test_a_hop_is_of_keys_and_values_from_post_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 tokens, 2 heads of 8, float32: 8,192 bytes, in half a millisecond."""
+    sent: list[int] = []
+
+    class Link:
+        def post(self, *transfers: tuple[torch.Tensor, torch.Tensor]) -> None:
+            sent.extend(send.nbytes for send, _ in transfers)
+
+        def wait(self) -> None:
+            sent.append(-1)
+
+    class Communicator:
+        def link(self) -> Link:
+            return Link()
+
+    def in_half_a_millisecond(call: Callable[[], None], device: torch.device, repeats: int) -> dict[str, float]:
+        for _ in range(repeats):
+            call()
+        return {"p50_ms": 0.5}
+
+    monkeypatch.setattr(shares, "timed", in_half_a_millisecond)
+    rate = shares._hop(Communicator(), SMALL, 64, repeats=2)
+    assert sent == [8192, -1, 8192, -1]
+    assert rate == pytest.approx(8192 / 0.5e-3 / 1e9)
 
 
 def test_scaling_report_sorts_and_merges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
