@@ -178,8 +178,8 @@ def tensors(share: Share) -> volume.Attention:
 def _exchange(share: Share, gpu: Gpu, kind: StageMode, *, backward: bool, scored: bool = True) -> Seconds:
     """Exposed, of one direction of one attention, its halo and its scorer.
 
-    A ring hides transfers behind its attention; its gradients' last hop counts in full all the same, until it is measured
-    how far the diagonal block beside it hides it. The others hide nothing.
+    A ring hides transfers behind its attention; the gradients' last counts in full, until it is measured how far the
+    diagonal block beside it hides it. The others hide nothing.
     """
     if share.cp == 1:
         return Seconds()
