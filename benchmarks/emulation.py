@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import LEAST_MS, WARM_UP
-from lhcp.distributed.link import RingLink, Transfer
+from lhcp.distributed.link import Link, Transfer
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ class Pass:
         compute_ms: all of it, without the copies that stand in for transfers.
         host_ms: what the host took to launch it; on a CPU, to run it.
         marks: in order: whether a transfer begins, or else is waited for; its number; milliseconds of compute by then.
-        nbytes: of each transfer.
+        nbytes: that each transfer sends.
+        busy: the larger of what each sends and receives.
     """
 
     compute_ms: float
     host_ms: float
     marks: tuple[tuple[bool, int, float], ...]
     nbytes: tuple[int, ...]
+    busy: tuple[int, ...]
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Recording:
     moments: list[Moment] = field(default_factory=list)
     kinds: list[tuple[str, int]] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
 
     def note(self, kind: str, transfer: int = -1) -> None:
         if self.on_gpu:
@@ -92,7 +95,7 @@ class _Recording:
             elif kind in ("begin", "wait"):
                 copy_began = at
                 marks.append((kind == "begin", transfer, at - copied))
-        return Pass(at - copied, host_ms, tuple(marks), tuple(self.nbytes))
+        return Pass(at - copied, host_ms, tuple(marks), tuple(self.nbytes), tuple(self.busy))
 
     def _milliseconds_to(self, moment: Moment) -> float:
         first = self.moments[0]
@@ -162,17 +165,20 @@ class Alone:
         x = x.contiguous()
         return self._at_once(x.nbytes - x[0].nbytes, x.clone)
 
-    def link(self) -> RingLink:
+    def link(self) -> Link:
         """See `Communicator.link`."""
 
         def begin(transfers: Sequence[Transfer]) -> Callable[[], None]:
-            number = self._begin(sum(send.nbytes for send, _ in transfers))
-            for send, receive in transfers:
-                receive.copy_(send)
+            number = self._begin(
+                sum(t.send.nbytes for t in transfers if t.send is not None),
+                sum(t.receive.nbytes for t in transfers if t.receive is not None),
+            )
+            for transfer in transfers:
+                stand_in(transfer)
             self._recording.note("copied")
             return lambda: self._recording.note("wait", number)
 
-        return RingLink(begin)
+        return Link(begin)
 
     def _at_once(self, nbytes: int, copy: Callable[[], Tensor]) -> Tensor:
         number = self._begin(nbytes)
@@ -181,25 +187,37 @@ class Alone:
         self._recording.note("wait", number)
         return out
 
-    def _begin(self, nbytes: int) -> int:
+    def _begin(self, sent: int, received: int | None = None) -> int:
+        """`received`: None where it is as much as is sent."""
         number = len(self._recording.nbytes)
-        self._recording.nbytes.append(nbytes)
+        self._recording.nbytes.append(sent)
+        self._recording.busy.append(max(sent, received or 0))
         self._recording.note("begin", number)
         return number
+
+
+def stand_in(transfer: Transfer) -> None:
+    """Receive what is sent, over and over; zeros where nothing is."""
+    if transfer.receive is None:
+        return
+    out = transfer.receive.flatten()
+    mine = torch.zeros_like(out) if transfer.send is None else transfer.send.flatten()
+    for part in out.split(len(mine)):
+        part.copy_(mine[: len(part)])
 
 
 def exposed_ms(done: Pass, network: Network) -> float:
     """How long the rank of a pass waits for its transfers, if the others do as it does.
 
-    A transfer leaves when it is posted and those before it have left, and has arrived a latency after its last byte
-    left. What is waited for delays everything after it.
+    A transfer leaves when it is posted and those before it have left, both ways at once, and has arrived a latency
+    after its last byte left. What is waited for delays everything after it.
     """
     waited, free = 0.0, 0.0
     arrival: dict[int, float] = {}
     for begins, transfer, compute in done.marks:
         now = compute + waited
         if begins:
-            free = max(now, free) + done.nbytes[transfer] / network.gb_per_s / 1e6
+            free = max(now, free) + done.busy[transfer] / network.gb_per_s / 1e6
             arrival[transfer] = free + network.latency_us / 1e3
         else:
             waited += max(0.0, arrival[transfer] - now)

@@ -16,6 +16,7 @@ from benchmarks.emulation import FACTORS, NETWORKS, Alone, Pass, exposed_ms
 from lhcp.config import ExchangeName, RunConfig
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.communicator import GroupCommunicator
+from lhcp.distributed.link import Transfer
 from lhcp.volume import Attention, layer_bytes
 
 KINDS = ("forward", "forward_backward")
@@ -91,7 +92,7 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
         for rank in ranks:
             alone, cp = _alone(config, exchange, rank, layer.device)
             by_rank[rank] = _passes(alone, _attentions(config, cp, True)[name], inputs, repeats)
-        sent = {kind: sum(by_rank[0][kind][0].nbytes) for kind in KINDS}
+        sent = {kind: max(sum(of_rank[kind][0].nbytes) for of_rank in by_rank.values()) for kind in KINDS}
         counted = {"forward": sent["forward"], "backward": sent["forward_backward"] - sent["forward"]}
         assert counted == _bytes(config, exchange, name), (counted, _bytes(config, exchange, name))
         found[name] = {
@@ -111,10 +112,10 @@ def _hop(communicator: GroupCommunicator, layer: layers.Layer, tokens: int, repe
     """10^9 bytes a second of keys and values of so many tokens, by the ring's own transfer (collective)."""
     _, k, v, _ = layer.inputs(tokens, seed=0)
     link, kv = communicator.link(), torch.stack((k, v))
-    spare = torch.empty_like(kv)
+    hop_on = Transfer(1, kv, torch.empty_like(kv))
 
     def hop() -> None:
-        link.post((kv, spare))
+        link.post(hop_on)
         link.wait()
 
     return kv.nbytes / timed(hop, layer.device, repeats)["p50_ms"] / 1e6

@@ -1,7 +1,7 @@
 """Bytes that a rank sends for one attention layer, by closed formulas. Imports no torch.
 
 Payload alone, counted where it leaves a rank once: what an all-gather, a reduce-scatter or an all-to-all must send at
-least, whichever way a library routes it.
+least, whichever way a library routes it. Where ranks send differently, of the one that sends most.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Attention:
         return max(4, self.itemsize)
 
 
-def exchange_bytes(exchange: ExchangeName, world: int, length: int, of: Attention) -> Bytes:
+def exchange_bytes(exchange: ExchangeName, world: int, chunks_per_rank: int, length: int, of: Attention) -> Bytes:
     """What an exchange sends for causal attention over `length` tokens, shared by `world` ranks."""
     if world == 1:
         return Bytes(0, 0)
@@ -54,6 +54,9 @@ def exchange_bytes(exchange: ExchangeName, world: int, length: int, of: Attentio
         swapped = (world - 1) * row * 2 * heads // world * of.itemsize  # q and the output, k and v
         return Bytes(swapped, swapped)
     kv = row * 2 * of.num_kv_heads
+    if exchange == "ring":  # in backward a rank sends less of keys and values, the more it sends of gradients
+        there = (world - 1) * kv * of.itemsize
+        return Bytes(there, there * (1 + chunks_per_rank) // 2)
     hops = world if exchange == "ring_flash_attn" else world - 1  # of gradients: the package's travel all the way
     return Bytes((world - 1) * kv * of.itemsize, (world - 1) * kv * of.itemsize + hops * kv * of.gradient_itemsize)
 
@@ -65,13 +68,16 @@ def halo_bytes(config: LighthouseConfig, world: int, chunks_per_rank: int, of: A
     return Bytes(sent, sent)
 
 
-def scorer_bytes(exchange: ExchangeName, config: LighthouseConfig, world: int, seq_len: int, of: Attention) -> Bytes:
+def scorer_bytes(
+    exchange: ExchangeName, config: LighthouseConfig, world: int, chunks_per_rank: int, seq_len: int, of: Attention
+) -> Bytes:
     """What a scorer sends: `dilated` attends twice among every delta-th token, with K and V repeated, forward only."""
     if config.scorer == "norm":
         return Bytes(0, 0)
     heads = of.num_heads * config.dilation
     dilated = Attention(heads, heads, of.head_dim, of.itemsize, of.batch)
-    return Bytes(2 * exchange_bytes(exchange, world, seq_len // config.dilation, dilated).forward, 0)
+    length = seq_len // config.dilation
+    return Bytes(2 * exchange_bytes(exchange, world, chunks_per_rank, length, dilated).forward, 0)
 
 
 def layer_bytes(
@@ -93,6 +99,7 @@ def layer_bytes(
         of: the tensors.
     """
     if config is None:
-        return exchange_bytes(exchange, world, seq_len, of)
-    sub = exchange_bytes(exchange, world, config.subsequence_length(seq_len), of)
-    return sub + halo_bytes(config, world, chunks_per_rank, of) + scorer_bytes(exchange, config, world, seq_len, of)
+        return exchange_bytes(exchange, world, chunks_per_rank, seq_len, of)
+    sub = exchange_bytes(exchange, world, chunks_per_rank, config.subsequence_length(seq_len), of)
+    scores = scorer_bytes(exchange, config, world, chunks_per_rank, seq_len, of)
+    return sub + halo_bytes(config, world, chunks_per_rank, of) + scores

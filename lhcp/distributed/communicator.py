@@ -7,7 +7,7 @@ rank without the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lhcp.distributed.link import RingLink, Transfer
+from lhcp.distributed.link import Link, Transfer
 
 # Named so since torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -42,8 +42,8 @@ class Communicator(Protocol):
     def all_to_all(self, x: Tensor) -> Tensor:
         """Rank r's `x[rank]` at place r: [W, ...] -> [W, ...]."""
 
-    def link(self) -> RingLink:
-        """A new link to the next rank and from the previous one."""
+    def link(self) -> Link:
+        """A new link to the other ranks."""
 
 
 class GroupCommunicator:
@@ -72,28 +72,30 @@ class GroupCommunicator:
         dist.all_to_all_single(out, x, group=self._group)
         return out
 
-    def link(self) -> RingLink:
+    def link(self) -> Link:
         """See `Communicator.link`."""
-        following, previous = (dist.get_global_rank(self._group, (self.rank + step) % self.size) for step in (1, -1))
-        return RingLink(partial(_send_and_receive, self._group, following, previous))
+        return Link(self._start)
 
+    def _start(self, transfers: Sequence[Transfer]) -> Callable[[], None]:
+        """Start all; what is returned waits for them, on a GPU by making the current stream wait."""
+        ops = []
+        for transfer in transfers:
+            if transfer.receive is not None:
+                ops.append(dist.P2POp(dist.irecv, transfer.receive, self._global_rank(-transfer.places), self._group))
+            if transfer.send is not None:
+                ops.append(dist.P2POp(dist.isend, transfer.send, self._global_rank(transfer.places), self._group))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        if ops and ops[0].tensor.is_cuda:
+            _detour(ops[0].tensor.device)
 
-def _send_and_receive(
-    group: ProcessGroup, following: int, previous: int, transfers: Sequence[Transfer]
-) -> Callable[[], None]:
-    """Start all; what is returned waits for them, on a GPU by making the current stream wait."""
-    ops = []
-    for send, receive in transfers:
-        ops += [dist.P2POp(dist.irecv, receive, previous, group), dist.P2POp(dist.isend, send, following, group)]
-    works = dist.batch_isend_irecv(ops)
-    if transfers[0][0].is_cuda:
-        _detour(transfers[0][0].device)
+        def finish() -> None:
+            for work in works:
+                work.wait()
 
-    def finish() -> None:
-        for work in works:
-            work.wait()
+        return finish
 
-    return finish
+    def _global_rank(self, places: int) -> int:
+        return dist.get_global_rank(self._group, (self.rank + places) % self.size)
 
 
 @cache

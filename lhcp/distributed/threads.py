@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lhcp.distributed.link import RingLink, Transfer
+from lhcp.distributed.link import Link, Transfer
 
 T = TypeVar("T")
 TIMEOUT_S = 300.0
@@ -48,19 +48,20 @@ class ThreadCommunicator:
         """See `Communicator.all_to_all`."""
         return self._with_all(x, lambda everyone: torch.stack([theirs[self.rank] for theirs in everyone]))
 
-    def link(self) -> RingLink:
+    def link(self) -> Link:
         """See `Communicator.link`."""
-        return RingLink(self._transfer)
+        return Link(self._start)
 
-    def _transfer(self, transfers: Sequence[Transfer]) -> Callable[[], None]:
-        for send, receive in transfers:
-            self._with_all(send, partial(self._receive, receive))
+    def _start(self, transfers: Sequence[Transfer]) -> Callable[[], None]:
+        for transfer in transfers:
+            self._with_all(torch.empty(0) if transfer.send is None else transfer.send, partial(self._take, transfer))
         return lambda: None
 
-    def _receive(self, receive: Tensor, everyone: list[Tensor]) -> Tensor:
-        return receive.copy_(everyone[self.rank - 1])
+    def _take(self, transfer: Transfer, everyone: list[Tensor]) -> None:
+        if transfer.receive is not None:
+            transfer.receive.copy_(everyone[(self.rank - transfer.places) % self.size])
 
-    def _with_all(self, x: Tensor, take: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    def _with_all(self, x: Tensor, take: Callable[[list[Tensor]], T]) -> T:
         """What `take` makes of every rank's `x`, which none changes before all have taken."""
         meeting = self._meeting
         meeting.slots[self.rank] = x

@@ -211,7 +211,9 @@ def exchange_buffers(share: Share, kind: StageMode) -> int:
         return share.cp * kv * (ITEMSIZE + 3 * 4)
     if share.exchange == "ulysses":
         return share.rows(kind) * (2 * share.q + share.kv) * ITEMSIZE
-    return kv * (2 * ITEMSIZE + 4 * 4)
+    if share.exchange == "ring_flash_attn":
+        return kv * (2 * ITEMSIZE + 4 * 4)
+    return kv * (5 * ITEMSIZE + 4)
 
 
 @cache

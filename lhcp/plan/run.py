@@ -208,6 +208,6 @@ def _sent_by(run: RunConfig, share: Share, kind: StageMode, exchange: ExchangeNa
     attention = share.attention if kind == "lighthouse" else None
     of = tensors(share)
     layer = volume.layer_bytes(exchange, attention, share.cp, share.chunks_per_rank, share.length, of)
-    again = volume.exchange_bytes(exchange, share.cp, share.attended(kind), of).forward
+    again = volume.exchange_bytes(exchange, share.cp, share.chunks_per_rank, share.attended(kind), of).forward
     backward = layer.backward + (again if run.memory.recompute == "full" else 0)
     return volume.Bytes(layer.forward * share.passes, backward * share.passes)

@@ -185,7 +185,7 @@ def _exchange(share: Share, gpu: Gpu, kind: StageMode, *, backward: bool, scored
         return Seconds()
     bandwidth, latency = _link(share, gpu)
     of, ring = tensors(share), share.exchange in ("ring", "ring_flash_attn")
-    sent = volume.exchange_bytes(share.exchange, share.cp, share.attended(kind), of)
+    sent = volume.exchange_bytes(share.exchange, share.cp, share.chunks_per_rank, share.attended(kind), of)
     attention = attention_flops(share, kind)
     compute = 2.5 * attention / gpu.attention_backward_flops if backward else attention / gpu.attention_forward_flops
     exposed = _waited((sent.backward if backward else sent.forward) / bandwidth, compute if ring else 0.0)
@@ -196,8 +196,10 @@ def _exchange(share: Share, gpu: Gpu, kind: StageMode, *, backward: bool, scored
     if kind == "lighthouse" and config is not None:
         exposed += volume.halo_bytes(config, share.cp, share.chunks_per_rank, of).forward / bandwidth + latency
         if scored and not backward:
-            scores = volume.scorer_bytes(share.exchange, config, share.cp, share.length, of).forward / bandwidth
-            exposed += _waited(scores, _scorer(share, gpu, kind).scorer if ring else 0.0)
+            scored_bytes = volume.scorer_bytes(
+                share.exchange, config, share.cp, share.chunks_per_rank, share.length, of
+            ).forward
+            exposed += _waited(scored_bytes / bandwidth, _scorer(share, gpu, kind).scorer if ring else 0.0)
     return Seconds(exchange=exposed)
 
 

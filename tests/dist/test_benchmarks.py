@@ -15,9 +15,10 @@ import yaml
 
 from benchmarks import layer as layer_module
 from benchmarks import scaling
-from benchmarks.emulation import Network, Pass, _Recording, exposed_ms
+from benchmarks.emulation import Alone, Network, Pass, _Recording, exposed_ms
 from lhcp import config_file
 from lhcp.distributed import ContextParallel
+from lhcp.distributed.link import Transfer
 from lhcp.volume import Attention, layer_bytes
 from ranks import run_ranks
 
@@ -156,23 +157,39 @@ def test_a_transfer_is_exposed_as_far_as_compute_does_not_hide_it() -> None:
     """At 1 GB/s and 1 us, by hand: 10^6 bytes take 1 ms, and one transfer leaves after the other."""
     network = Network(1.0, 1.0, "")
     begin, wait = True, False
-    hidden = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 2.0)), (1_000_000,))
+    hidden = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 2.0)), (10,), (1_000_000,))
     assert exposed_ms(hidden, network) == 0
-    half = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 0.5)), (1_000_000,))
+    half = Pass(3.0, 1.0, ((begin, 0, 0.0), (wait, 0, 0.5)), (10,), (1_000_000,))
     assert exposed_ms(half, network) == pytest.approx(0.501)
     # The second leaves at 1.0, arrives at 2.001; by then 0.501 has been waited, so it is awaited at 1.001.
-    queued = Pass(3.0, 1.0, ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5)), (1_000_000, 1_000_000))
+    marks = ((begin, 0, 0.0), (begin, 1, 0.0), (wait, 0, 0.5), (wait, 1, 0.5))
+    queued = Pass(3.0, 1.0, marks, (10, 10), (1_000_000, 1_000_000))
     assert exposed_ms(queued, network) == pytest.approx(0.501 + 1.0)
 
 
 def test_copies_in_place_of_transfers_are_not_compute() -> None:
     """Moments in seconds: a transfer that begins at 1 ms is copied until 3 ms and awaited at 4 ms of 6."""
     kinds = [("start", -1), ("begin", 0), ("copied", -1), ("wait", 0), ("end", -1)]
-    recording = _Recording(False, moments=[0.0, 0.001, 0.003, 0.004, 0.006], kinds=kinds, nbytes=[8])
+    recording = _Recording(False, moments=[0.0, 0.001, 0.003, 0.004, 0.006], kinds=kinds, nbytes=[8], busy=[9])
     done = recording.read(7.0)
     assert done.compute_ms == pytest.approx(4.0)
     assert [(begins, number) for begins, number, _ in done.marks] == [(True, 0), (False, 0)]
     assert [at for _, _, at in done.marks] == pytest.approx([1.0, 2.0])
+    assert (done.nbytes, done.busy) == ((8,), (9,))
+
+
+def test_a_rank_alone_receives_what_it_sends() -> None:
+    """Over and over, where more comes than goes; the network is busy with the larger."""
+    alone, received = Alone(0, 4, torch.device("cpu")), torch.empty(5)
+
+    def transfer() -> None:
+        link = alone.link()
+        link.post(Transfer(1, torch.tensor([1.0, 2.0]), received), Transfer(1, torch.ones(1), None))
+        link.wait()
+
+    (done,) = alone.passes(transfer, 1)
+    assert received.tolist() == [1, 2, 1, 2, 1]
+    assert (done.nbytes, done.busy) == ((12,), (20,))
 
 
 def test_dense_attention_of_one_device_is_extrapolated_by_the_square(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import ring as ring_module
 from lhcp.distributed.exchange.block import CpuBackend
 from lhcp.distributed.exchange.ring import RingExchange
-from lhcp.distributed.link import RingLink, Transfer
+from lhcp.distributed.link import Link, Transfer
 from lhcp.distributed.sharding import ChunkLayout
 from ranks import run_ranks
 
@@ -22,23 +20,21 @@ BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 8, 4, 2, 6
 
 
 class Recorder(GroupCommunicator):
-    """Real links and a real block backend that note what happens, in order, and which buffers are sent."""
+    """Real links and a real block backend that note what happens, in order."""
 
     def __init__(self) -> None:
         super().__init__(dist.group.WORLD)
         self.events: list[str] = []
-        self.buffers: set[tuple[torch.dtype, int]] = set()
 
-    def link(self) -> RingLink:
+    def link(self) -> Link:
         recorder, link = self, super().link()
 
-        class RecordingLink(RingLink):
+        class RecordingLink(Link):
             def post(self, *transfers: Transfer) -> None:
-                # Keys and values are sent in their own dtype, gradients in float32.
-                recorder.events.append(
-                    "post " + " ".join("kv" if send.dtype == torch.bfloat16 else "dkv" for send, _ in transfers)
-                )
-                recorder.buffers |= {(x.dtype, x.data_ptr()) for transfer in transfers for x in transfer}
+                # Keys and values go on, their gradients back, in two tensors each.
+                steps = [transfer.places for transfer in transfers[::2]]
+                assert steps == [transfer.places for transfer in transfers[1::2]]
+                recorder.events.append("post " + " ".join(f"{'kv' if p > 0 else 'dkv'}{abs(p)}" for p in steps))
                 super().post(*transfers)
 
             def wait(self) -> None:
@@ -64,16 +60,12 @@ class Recorder(GroupCommunicator):
         return RecordingBackend()
 
 
-Recorded = tuple[list[str], Counter[torch.dtype]]
-"""Events, and how many buffers were sent or received into, by dtype."""
-
-
 def record(
     world: int, sharding: Sharding, monkeypatch: pytest.MonkeyPatch, kv_heads: int = KV_HEADS
-) -> list[tuple[Recorded, Recorded]]:
-    """Of forward and of backward, by rank."""
+) -> list[tuple[list[str], list[str]]]:
+    """Events of forward and of backward, by rank."""
 
-    def rank_main(rank: int) -> tuple[Recorded, Recorded]:
+    def rank_main(rank: int) -> tuple[list[str], list[str]]:
         q = torch.randn(BATCH, LENGTH, HEADS, WIDTH, dtype=torch.bfloat16)
         k, v = (torch.randn(BATCH, LENGTH, kv_heads, WIDTH, dtype=torch.bfloat16) for _ in range(2))
         results = []
@@ -87,48 +79,43 @@ def record(
                 saved = exchange.forward(q, k, v)
             else:
                 exchange.backward(torch.randn_like(q), q, k, v, *saved)
-            results.append((recorder.events, Counter(dtype for dtype, _ in recorder.buffers)))
+            results.append(recorder.events)
         return results[0], results[1]
 
     return run_ranks(world, rank_main)
 
 
 def test_forward_posts_before_and_waits_after_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    for (events, _), _ in record(4, "zigzag", monkeypatch):
+    for events, _ in record(4, "zigzag", monkeypatch):
         assert events == [
-            "post kv", "diagonal", "wait",
-            "post kv", "block", "wait",
-            "post kv", "block", "wait",
+            "post kv1", "diagonal", "wait",
+            "post kv2", "block", "wait",
+            "post kv3", "block", "wait",
             "block",
         ]  # fmt: skip
 
 
 def test_backward_overlaps_every_transfer_with_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients travel one hop behind; the diagonal block of half the heads comes last, beside their last hop."""
-    for _, (events, _) in record(4, "zigzag", monkeypatch):
+    """Gradients go back one step later; the diagonal block of half the heads comes last, beside the last of them."""
+    for _, events in record(4, "zigzag", monkeypatch):
         assert events == [
-            "post kv", "diagonal", "wait",
-            "post kv", "block", "wait",
-            "post kv dkv", "block", "wait",
-            "post dkv", "block", "wait",
-            "post dkv", "diagonal", "wait",
+            "post kv1", "diagonal", "wait",
+            "post kv2", "block", "wait",
+            "post kv3 dkv1", "block", "wait",
+            "post dkv2", "block", "wait",
+            "post dkv3", "diagonal", "wait",
         ]  # fmt: skip
 
 
 def test_one_head_of_keys_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    for _, (events, _) in record(2, "zigzag", monkeypatch, kv_heads=1):
-        assert events == ["post kv", "diagonal", "wait", "block", "post dkv", "wait"]
-
-
-def test_two_buffers_travel_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    for (_, forward), (_, backward) in record(4, "zigzag", monkeypatch):
-        assert forward == {torch.bfloat16: 2}
-        assert backward == {torch.bfloat16: 2, torch.float32: 2}
+    for _, events in record(2, "zigzag", monkeypatch, kv_heads=1):
+        assert events == ["post kv1", "diagonal", "wait", "block", "post dkv1", "wait"]
 
 
 def test_contiguous_ranks_compute_only_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, ((events, _), _) in enumerate(record(4, "contiguous", monkeypatch)):
-        assert events.count("block") == rank
+    for rank, directions in enumerate(record(4, "contiguous", monkeypatch)):
+        for events in directions:
+            assert events.count("block") == rank
 
 
 def test_misuse_of_a_link_is_refused() -> None:
@@ -137,18 +124,39 @@ def test_misuse_of_a_link_is_refused() -> None:
         with pytest.raises(RuntimeError, match="call post first"):
             link.wait()
         with pytest.raises(RuntimeError, match="contiguous"):
-            link.post((torch.zeros(4, 4).T, torch.zeros(4, 4)))
-        with pytest.raises(RuntimeError, match="shards of one shape"):
-            link.post((torch.zeros(4), torch.zeros(5)))
+            link.post(Transfer(1, torch.zeros(4, 4).T, None))
+        with pytest.raises(RuntimeError, match="contiguous"):
+            link.post(Transfer(1, None, torch.zeros(4, 4).T))
+        with pytest.raises(RuntimeError, match="one dtype"):
+            link.post(Transfer(1, torch.zeros(4), torch.zeros(4).double()))
         same = torch.zeros(4)
         with pytest.raises(RuntimeError, match="one buffer"):
-            link.post((same, same))
-        received, also = torch.full((4,), -1.0), torch.full((2,), -1)
-        link.post((torch.full((4,), float(rank)), received), (torch.full((2,), rank + 10), also))
+            link.post(Transfer(1, same, same))
+        link.post(Transfer(1, None, None))
         with pytest.raises(RuntimeError, match="under way"):
-            link.post((torch.zeros(4), torch.zeros(4)))
+            link.post(Transfer(1, None, None))
         link.wait()
-        assert received.tolist() == [(rank - 1) % 3] * 4
-        assert also.tolist() == [(rank - 1) % 3 + 10] * 2
 
-    run_ranks(3, rank_main)
+    run_ranks(2, rank_main)
+
+
+def test_transfers_go_where_they_are_told() -> None:
+    """On, further, back, and from one rank alone, all at once."""
+
+    def rank_main(rank: int) -> None:
+        link = GroupCommunicator(dist.group.WORLD).link()
+        on, further, back = (torch.full((size,), -1) for size in (4, 2, 3))
+        first = torch.full((5,), -1)
+        link.post(
+            Transfer(1, torch.full((4,), rank), on),
+            Transfer(2, torch.full((2,), rank + 10), further),
+            Transfer(-1, torch.full((3,), rank + 20), back),
+            Transfer(1, torch.full((5,), 7) if rank == 0 else None, first if rank == 1 else None),
+        )
+        link.wait()
+        assert on.tolist() == [(rank - 1) % 4] * 4
+        assert further.tolist() == [(rank - 2) % 4 + 10] * 2
+        assert back.tolist() == [(rank + 1) % 4 + 20] * 3
+        assert first.tolist() == [7 if rank == 1 else -1] * 5
+
+    run_ranks(4, rank_main)

@@ -242,10 +242,10 @@ def test_every_degree_is_as_exact_as_one_process_and_sends_what_the_formula_says
     of = Attention(HEADS, kv_heads, WIDTH, itemsize=2, batch=BATCH)
     if config is not None:
         length = config.subsequence_length(SEQ_LEN)
-        scored = scorer_bytes("ring_flash_attn", config, world, SEQ_LEN, of).forward
+        scored = scorer_bytes("ring_flash_attn", config, world, 2, SEQ_LEN, of).forward
         differ = (ranks[0].entries != one_process(kind, kv_heads).entries).double().mean()
         assert differ <= (0.1 if kind == "dilated" else 0)  # its scores are rounded, and one entry shifts others
-    expected = exchange_bytes("ring_flash_attn", world, length, of)
+    expected = exchange_bytes("ring_flash_attn", world, 2, length, of)
     assert [rank.sent for rank in ranks] == [(expected.forward + scored, expected.backward)] * world
 
 

@@ -19,7 +19,7 @@ from lhcp.config import ExchangeName, Sharding
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import block as block_module
-from lhcp.distributed.link import RingLink, Transfer
+from lhcp.distributed.link import Link, Transfer
 from lhcp.volume import Attention, Bytes, exchange_bytes, layer_bytes
 from ranks import run_ranks
 
@@ -46,12 +46,12 @@ class Counting(GroupCommunicator):
         self.sent += x.nbytes - x[self.rank].nbytes
         return super().all_to_all(x)
 
-    def link(self) -> RingLink:
+    def link(self) -> Link:
         link, counting = super().link(), self
 
-        class CountingLink(RingLink):
+        class CountingLink(Link):
             def post(self, *transfers: Transfer) -> None:
-                counting.sent += sum(send.nbytes for send, _ in transfers)
+                counting.sent += sum(transfer.send.nbytes for transfer in transfers if transfer.send is not None)
                 super().post(*transfers)
 
         return CountingLink(link._start)
@@ -80,12 +80,43 @@ def test_bytes_are_those_of_the_formula(world: int) -> None:
         for kv_heads in (8, 2)
         for dtype in (torch.bfloat16, torch.float64)
     ]
-    for rank in run_ranks(world, lambda rank: [sent(*case) for case in cases]):
-        for (exchange, sharding, kind, kv_heads, dtype), counted in zip(cases, rank, strict=True):
-            chunks = 2 if sharding == "zigzag" else 1
-            of = Attention(HEADS, kv_heads, WIDTH, dtype.itemsize, BATCH)
-            formula = layer_bytes(exchange, CONFIGS[kind], world, chunks, LENGTH, of)
-            assert counted == (formula.forward, formula.backward), (exchange, sharding, kind, kv_heads, dtype)
+    by_rank = run_ranks(world, lambda rank: [sent(*case) for case in cases])
+    for number, (exchange, sharding, kind, kv_heads, dtype) in enumerate(cases):
+        chunks = 2 if sharding == "zigzag" else 1
+        of = Attention(HEADS, kv_heads, WIDTH, dtype.itemsize, BATCH)
+        formula = layer_bytes(exchange, CONFIGS[kind], world, chunks, LENGTH, of)
+        forward, backward = zip(*(counts[number] for counts in by_rank), strict=True)
+        case = (exchange, sharding, kind, kv_heads, dtype)
+        assert max(forward) == formula.forward, case
+        assert exchange == "ring" or min(forward) == formula.forward, case
+        assert set(backward) == {formula.backward}, case
+
+
+def visible_to_others(rank: int, world: int, sharding: Sharding) -> float:
+    """How many times its keys and values the others see of a rank's: chunks, by their order in the sequence."""
+    chunks = [(r, 2 * world - 1 - r) if sharding == "zigzag" else (r,) for r in range(world)]
+    seen = [
+        (mine, other)
+        for other in range(world)
+        for mine in chunks[rank]
+        if other != rank and any(mine < theirs for theirs in chunks[other])
+    ]
+    return len(seen) / len(chunks[rank])
+
+
+@pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
+def test_the_ring_sends_what_is_visible(sharding: Sharding) -> None:
+    """Of each rank; and back the gradients of what it has seen."""
+    world, of = 4, Attention(HEADS, 2, WIDTH, 2, BATCH)
+    kv = BATCH * LENGTH // world * 2 * 2 * WIDTH * 2
+    counts = run_ranks(world, lambda rank: sent("ring", sharding, "dense", 2, torch.bfloat16))
+    for rank, (forward, backward) in enumerate(counts):
+        assert forward == kv * visible_to_others(rank, world, sharding)
+        if sharding == "zigzag":
+            assert forward == kv * (world - 1 + rank) / 2
+        else:
+            assert forward == kv * (world - 1 - rank)
+        assert backward == exchange_bytes("ring", world, 2 if sharding == "zigzag" else 1, LENGTH, of).backward
 
 
 def socket_bytes() -> int:
@@ -128,12 +159,13 @@ def test_bytes_are_those_of_the_sockets(exchange: ExchangeName) -> None:
         count()
         return [after - before for before, after in itertools.pairwise(counts)]
 
-    expected = exchange_bytes(exchange, world, length, of)
+    expected = exchange_bytes(exchange, world, 2, length, of)
     if exchange == "allgather":
         gradients = expected.backward - expected.forward
         expected = Bytes(expected.forward, expected.backward + gradients)
-    for forward, backward in run_ranks(world, rank_main):
-        assert forward == pytest.approx(expected.forward, rel=0.01)
+    for rank, (forward, backward) in enumerate(run_ranks(world, rank_main)):
+        share = (world - 1 + rank) / 2 / (world - 1) if exchange == "ring" else 1  # of what the last rank sends
+        assert forward == pytest.approx(share * expected.forward, rel=0.01)
         assert backward == pytest.approx(expected.backward, rel=0.01)
 
 

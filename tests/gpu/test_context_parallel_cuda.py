@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from benchmarks.emulation import Alone
+from benchmarks.emulation import Alone, stand_in
 from lhcp.attention import LighthouseConfig, Selection, lighthouse_attention, select
 from lhcp.config import ExchangeName
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.communicator import Communicator, GroupCommunicator
 from lhcp.distributed.exchange.ring import RingExchange
-from lhcp.distributed.link import RingLink
+from lhcp.distributed.link import Link, Transfer
 from lhcp.distributed.sharding import ChunkLayout
 from lhcp.distributed.threads import run_threads
 
@@ -96,14 +96,24 @@ def test_bfloat16_is_as_exact_as_one_process(world: int, exchange: ExchangeName,
 
 
 class ToItself(Alone):
-    """A rank of many whose links are NCCL's, of a group of one: what it sends, it receives."""
+    """A rank of many whose links are NCCL's, of a group of one: what stands in for others', it sends itself."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size, torch.device("cuda"))
         self._nccl = GroupCommunicator(dist.group.WORLD)
 
-    def link(self) -> RingLink:
-        return self._nccl.link()
+    def link(self) -> Link:
+        nccl = self._nccl.link()
+
+        class SelfLink(Link):
+            def post(self, *transfers: Transfer) -> None:
+                others = [Transfer(t.places, t.send, None if t.receive is None else torch.empty_like(t.receive))
+                          for t in transfers]  # fmt: skip
+                for transfer in others:
+                    stand_in(transfer)
+                super().post(*(Transfer(0, o.receive, t.receive) for o, t in zip(others, transfers, strict=True)))
+
+        return SelfLink(nccl._start)
 
 
 @pytest.fixture

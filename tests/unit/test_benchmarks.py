@@ -18,6 +18,7 @@ from benchmarks.layer import Layer, complaint, shortened
 from benchmarks.scaling_report import tables
 from lhcp.config import ConfigError, LighthouseConfig
 from lhcp.distributed import ContextParallel
+from lhcp.distributed.link import Transfer
 
 CPU = torch.device("cpu")
 SMALL = Layer(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32", device=CPU)
@@ -87,8 +88,8 @@ def test_a_hop_is_of_keys_and_values_from_post_to_wait(monkeypatch: pytest.Monke
     sent: list[int] = []
 
     class Link:
-        def post(self, *transfers: tuple[torch.Tensor, torch.Tensor]) -> None:
-            sent.extend(send.nbytes for send, _ in transfers)
+        def post(self, *transfers: Transfer) -> None:
+            sent.extend(transfer.send.nbytes for transfer in transfers if transfer.send is not None)
 
         def wait(self) -> None:
             sent.append(-1)

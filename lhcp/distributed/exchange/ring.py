@@ -1,10 +1,9 @@
-"""Ring attention: keys and values travel round the ranks, overlapped with compute (Liu et al., arXiv:2310.01889).
+"""Ring attention: keys and values go round the ranks, overlapped with compute (Liu et al., arXiv:2310.01889).
 
-At step i a rank holds the keys and values of rank r - i. Step 0 is the diagonal block, so every query row has
-a finite log-sum-exp before blocks are merged. In backward the keys and values travel again, and with them, one
-hop behind, the gradient that the visited ranks have summed for them; a rank's own part never leaves it. Of the
-diagonal block half the heads come first, beside the first hop of the keys and values, and half last, beside the
-last hop of their gradient.
+At step i a rank has the keys and values of rank r - i. They come straight from it, not from rank to rank, so only what
+is visible travels, and their gradient goes straight back to it, which sums in the accumulation dtype what comes. Step 0
+is the diagonal block, so every query row has a finite log-sum-exp before blocks are merged. In backward half its heads
+come first, beside the first keys and values, and half last, beside the last gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +17,11 @@ from lhcp.config import BlockBackendName
 from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.exchange.block import block_backend
 from lhcp.distributed.exchange.merge import add, merge
+from lhcp.distributed.link import Transfer
 from lhcp.distributed.sharding import ChunkLayout
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, or the gradients of both."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ def visible_block(layout: ChunkLayout, rank: int, source: int, length: int) -> B
 
 
 class RingExchange:
-    """Causal attention over shards by point-to-point rotation of keys and values.
+    """Causal attention over shards by point-to-point transfers of visible keys and values.
 
-    A rank sends (W - 1) x (k and v) in forward, and in backward the same again plus (W - 1) x their gradients
-    in the accumulation dtype. At most two key-value buffers are held.
+    In forward rank r of W sends (W - 1 + r) / 2 times its k and v under zigzag, W - 1 - r times where contiguous; in
+    backward as much again, and gradients of what it was sent, in k's dtype. At most two ranks' keys and values are held
+    besides its own.
     """
 
     def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
@@ -58,22 +62,21 @@ class RingExchange:
         """See `Exchange.forward`."""
         block = block_backend(self._backend, q)
         link, world = self._communicator.link(), self._layout.world
-        kv = torch.stack((k, v))
-        spare = torch.empty_like(kv)
+        k, v = k.contiguous(), v.contiguous()
 
-        link.post((kv, spare))
+        coming, transfers = self._keys(1, (k, v))
+        link.post(*transfers)
         first, lse = block.forward(q, k, v, causal=True)
         out = first.to(torch.promote_types(q.dtype, torch.float32))
         link.wait()
         for step in range(1, world):
-            kv, spare = spare, kv
+            kv = coming
             if step < world - 1:
-                link.post((kv, spare))
-            part = self._part(step, q.shape[1])
-            if part is not None:
-                rows = part.queries
-                new, new_lse = block.forward(q[:, rows], kv[0, :, part.keys], kv[1, :, part.keys], causal=False)
-                merge(out[:, rows], lse[..., rows], new, new_lse)
+                coming, transfers = self._keys(step + 1, (k, v))
+                link.post(*transfers)
+            if kv is not None:
+                rows = self._rows(step, q)
+                merge(out[:, rows], lse[..., rows], *block.forward(q[:, rows], kv[0], kv[1], causal=False))
             if step < world - 1:
                 link.wait()
         return out.to(q.dtype), lse
@@ -84,63 +87,99 @@ class RingExchange:
         """See `Exchange.backward`."""
         block = block_backend(self._backend, q)
         link, world, dtype = self._communicator.link(), self._layout.world, torch.promote_types(q.dtype, torch.float32)
-        grad = grad.contiguous()
+        grad, k, v = grad.contiguous(), k.contiguous(), v.contiguous()
         groups, share = k.shape[2], q.shape[2] // k.shape[2]
         half = max(1, groups // 2)
-        kv = torch.stack((k, v))
-        spare = torch.empty_like(kv)
-        dq = q.new_zeros(q.shape, dtype=dtype)
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
 
-        def diagonal(some: slice) -> tuple[Tensor, Tensor]:
-            """Of some groups of heads: adds to dq; dk and dv."""
+        def diagonal(some: slice) -> None:
+            """Of some groups of heads."""
             heads = slice(some.start * share, some.stop * share)
-            dq_, dk_, dv_ = block.backward(
+            new = block.backward(
                 grad[:, :, heads], q[:, :, heads], k[:, :, some], v[:, :, some], out[:, :, heads],
                 lse[:, heads].contiguous(), causal=True,
             )  # fmt: skip
-            add(dq[:, :, heads], dq[:, :, heads], dq_)
-            return dk_, dv_
+            for sums, x in zip((dq[:, :, heads], dk[:, :, some], dv[:, :, some]), new, strict=True):
+                add(sums, sums, x)
 
-        link.post((kv, spare))
-        early, late = slice(0, half), slice(half, groups)
-        own = [(early, diagonal(early))]
+        coming, transfers = self._keys(1, (k, v))
+        link.post(*transfers)
+        diagonal(slice(0, half))
         link.wait()
-        dkv, arriving = (kv.new_empty(kv.shape, dtype=dtype) for _ in range(2))
+        returning: Pair | None = None
+        found: Pair | None = None  # gradients of the keys and values of the last step
         for step in range(1, world):
-            kv, spare = spare, kv
-            transfers = [(kv, spare)] if step < world - 1 else []
-            transfers += [(dkv, arriving)] if step > 1 else []
+            kv, transfers = coming, []
+            if step < world - 1:
+                coming, transfers = self._keys(step + 1, (k, v))
+            if step > 1:
+                returning, back = self._gradients(step - 1, found, (k, v))
+                transfers += back
             if transfers:
                 link.post(*transfers)
-            part = self._part(step, q.shape[1])
-            if part is not None:
-                rows, keys = part.queries, part.keys
+            found = None
+            if kv is not None:
+                rows = self._rows(step, q)
                 dq_, dk_, dv_ = block.backward(
-                    grad[:, rows], q[:, rows], kv[0, :, keys], kv[1, :, keys], out[:, rows],
-                    lse[..., rows].contiguous(), causal=False,
-                )  # fmt: skip
+                    grad[:, rows], q[:, rows], kv[0], kv[1], out[:, rows], lse[..., rows].contiguous(), causal=False
+                )
                 add(dq[:, rows], dq[:, rows], dq_)
+                found = dk_, dv_
             if transfers:
                 link.wait()
-            if step == 1:  # nothing has arrived
-                dkv[:, :, 0 if part is None else keys.stop :] = 0
-                if part is not None:
-                    dkv[0, :, keys], dkv[1, :, keys] = dk_, dv_
-            else:
-                dkv, arriving = arriving, dkv
-                if part is not None:
-                    for sums, new in zip(dkv[:, :, keys], (dk_, dv_), strict=True):
-                        add(sums, sums, new)
-        link.post((dkv, arriving))
+            if step > 1:
+                _accumulate(self._sent(step - 1, (dk, dv)), returning)
+        returning, transfers = self._gradients(world - 1, found, (k, v))
+        link.post(*transfers)
         if half < groups:
-            own.append((late, diagonal(late)))
+            diagonal(slice(half, groups))
         link.wait()
-        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-        for some, parts in own:
-            for whole, mine, arrived in zip((dk, dv), parts, arriving, strict=True):
-                add(whole[:, :, some], mine, arrived[:, :, some])
-        return dq.to(q.dtype), dk, dv
+        _accumulate(self._sent(world - 1, (dk, dv)), returning)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def _part(self, step: int, length: int) -> Block | None:
-        rank, world = self._communicator.rank, self._layout.world
-        return visible_block(self._layout, rank, (rank - step) % world, length)
+    def _keys(self, step: int, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
+        """Where the keys and values of a step come, and the transfers that bring them."""
+        coming = _buffers(self._received(step, kv))
+        return coming, _transfers(step, self._sent(step, kv), coming)
+
+    def _gradients(self, step: int, found: Pair | None, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
+        """Where the gradients of the keys and values that were sent for a step come, and the transfers that bring them,
+        and take those that this rank has `found`."""
+        coming = _buffers(self._sent(step, kv))
+        return coming, _transfers(-step, found, coming)
+
+    def _rows(self, step: int, q: Tensor) -> slice:
+        """The queries that see something at a step."""
+        block = self._block(self._communicator.rank, step, q.shape[1])
+        assert block is not None
+        return block.queries
+
+    def _received(self, step: int, kv: Pair) -> Pair | None:
+        """What this rank sees of the keys and values `step` places back, in tensors like its own."""
+        return _visible(self._block(self._communicator.rank, step, kv[0].shape[1]), kv)
+
+    def _sent(self, step: int, kv: Pair) -> Pair | None:
+        """What the rank `step` places on sees of this rank's."""
+        return _visible(self._block(self._communicator.rank + step, step, kv[0].shape[1]), kv)
+
+    def _block(self, rank: int, step: int, length: int) -> Block | None:
+        return visible_block(self._layout, rank % self._layout.world, (rank - step) % self._layout.world, length)
+
+
+def _visible(block: Block | None, kv: Pair) -> Pair | None:
+    return None if block is None else (kv[0][:, block.keys], kv[1][:, block.keys])
+
+
+def _buffers(like: Pair | None) -> Pair | None:
+    return None if like is None else (like[0].new_empty(like[0].shape), like[1].new_empty(like[1].shape))
+
+
+def _transfers(places: int, send: Pair | None, receive: Pair | None) -> list[Transfer]:
+    pairs = zip(send or (None, None), receive or (None, None), strict=True)
+    return [Transfer(places, None if x is None else x.contiguous(), y) for x, y in pairs]
+
+
+def _accumulate(sums: Pair | None, new: Pair | None) -> None:
+    if sums is not None and new is not None:
+        for into, x in zip(sums, new, strict=True):
+            add(into, into, x)
