@@ -128,7 +128,7 @@ if [ -n "$toy" ]; then
     layouts="launch/configs/demo.yaml $short --set stages.0.steps=3 --set stages.1.steps=1"
     dtypes=(float64)
     step="launch/configs/demo.yaml $short --modes lighthouse --steps 4 --set compile=false"
-    repeats=1 batch=$ranks
+    repeats=1 batch=$ranks alone=''
 else
     layer="launch/configs/98k.yaml"
     lengths=(1m 512k 256k 98k)
@@ -138,6 +138,9 @@ else
     dtypes=(float64 bfloat16)
     step="launch/configs/one-gpu/1m.yaml --modes lighthouse --steps 12"
     repeats=3 batch=8
+    # A GPU of 140 GB holds what one of 80 leaves in host memory, of a sequence that it has for itself.
+    alone=$(python -c 'import torch
+if torch.cuda.get_device_properties(0).total_memory > 110e9: print("--memory selective")')
 fi
 declare -A length=(
     [1k]="--set seq_len=1024 --set attention.topk=32"
@@ -182,9 +185,11 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
         row "scaling/$1-cp$ranks-emulated" "${seconds[$1]}" python $layers ${length[$1]} --emulate "$ranks" \
             --repeats $repeats
     }
-    training() { # training RANKS FLAG...: whole steps of a model
-        row "train/$longest-cp$1" "${most[train]}" $over "$1" -m benchmarks.train_step $step --set "$text_is" \
-            --set "parallel.cp=$1" "${@:2}"
+    training() { # training CP FLAG...: whole steps of a model on all GPUs, of which CP share a sequence
+        row "train/$longest-cp$1" "${most[train]}" $over "$ranks" -m benchmarks.train_step $step --set "$text_is" \
+            --set parallel.dp=null --set "parallel.cp=$1" \
+            --set "global_batch_size=$([ -n "$toy" ] && echo "$ranks" || echo $((ranks / $1)))" \
+            "${@:2}"
     }
 
     for kind in bfloat16 float32; do exact "$ranks" $kind; done
@@ -196,7 +201,7 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
     scaling "$longest" "$ranks"
     emulated "$longest"
     training "$ranks" --memory selective
-    training 1
+    training 1 $alone
     row "scaling/$longest-cp$ranks-exchanges" "${most[exchanges]}" $over "$ranks" $layers ${length[$longest]} \
         --set "parallel.cp=$ranks" --repeats $repeats --exchanges allgather,ulysses --no-dense
     for ((cp = 2; cp < ranks; cp *= 2)); do

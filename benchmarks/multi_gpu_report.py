@@ -158,12 +158,16 @@ def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
             f"and the host add {100 * exposed / share:.1f} points to what it computes alone."
         )
     speed = {
-        result["config"]["parallel"]["cp"]: result["modes"]["lighthouse"]["tokens_per_s_per_gpu"]
+        (result["config"]["parallel"]["dp"], result["config"]["parallel"]["cp"]): result["modes"]["lighthouse"][
+            "tokens_per_s_per_gpu"
+        ]
         for result in steps.values()
     }
-    for cp in sorted(speed.keys() - {1}):
-        against = f", {100 * (speed[1] / speed[cp] - 1):.1f}% more time a token than on one GPU" if 1 in speed else ""
-        yield f"Whole Lighthouse steps on {cp} GPUs: {speed[cp]:,.0f} tokens/s/GPU{against}; `memory` as in the table."
+    for dp, cp in sorted(speed):
+        if cp > 1:
+            mine, apart = speed[dp, cp], speed.get((dp * cp, 1))
+            against = f", {100 * (apart / mine - 1):.1f}% more time a token than with one each" if apart else ""
+            yield f"Whole Lighthouse steps on {dp * cp} GPUs, {cp} a sequence: {mine:,.0f} tokens/s/GPU{against}."
 
 
 def _measured(scaling: Results) -> list[Record]:

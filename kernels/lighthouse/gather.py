@@ -99,12 +99,14 @@ def _spread_kernel(
         slot = tl.load(inverse + at, mask=exists & (entry >= 0), other=-1).to(tl.int64)
         row = tl.load(sub + slot[:, None] * stride_slot + columns, mask=(slot >= 0)[:, None] & fits, other=0)
         total += row.to(tl.float32) * (1.0 if SHIFT else 1.0 / P**level)
-        if HALO and level > 0:
-            before = (chunk * (L - 1) + level - 1).to(tl.int64) * tl.num_programs(1) * width
-            total += tl.load(
-                halo + before[:, None] + dense_columns, mask=(exists & (entry < 0))[:, None] & fits, other=0
-            )
         offset += tokens // P**level
+    # Few programs hold some of a chunk's first tokens, which lack entries of the coarsest levels.
+    start = tl.program_id(0) // groups * BLOCK % chunk_len
+    if HALO and (start + 1 < P ** (L - 1) or start + BLOCK > chunk_len):
+        for level in tl.static_range(1, L):
+            before = (chunk * (L - 1) + level - 1).to(tl.int64) * tl.num_programs(1) * width
+            lacks = exists & (inside + 1 < P**level)
+            total += tl.load(halo + before[:, None] + dense_columns, mask=lacks[:, None] & fits, other=0)
     tl.store(out + token.to(tl.int64)[:, None] * width + dense_columns, total, mask=exists[:, None] & fits)
 
 

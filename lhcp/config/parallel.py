@@ -22,7 +22,7 @@ class ParallelConfig(Section):
     sharding: Sharding = "zigzag"
     """`zigzag` balances causal work; `contiguous` gives each rank one run of tokens."""
     exchange: ExchangeName = "ring"
-    """How shards meet in attention when cp > 1: keys and values travel from rank to rank, beside the compute (`ring`);
+    """How shards meet in attention when cp > 1: visible keys and values come rank by rank beside the compute (`ring`);
     or all of them to all ranks at once (`allgather`); or each rank attends with a share of the heads (`ulysses`: cp
     divides num_heads); `ring_flash_attn`: the ring of that package (zigzag, bfloat16, extra `flash`)."""
     block_backend: BlockBackendName = "auto"

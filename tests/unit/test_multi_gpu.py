@@ -34,12 +34,12 @@ def layouts_result(**changes: Any) -> dict[str, Any]:
     return {"benchmark": "layouts", "environment": ENVIRONMENT, **found, **changes}
 
 
-def train_result(cp: int, speed: float) -> dict[str, Any]:
+def train_result(dp: int, cp: int, speed: float) -> dict[str, Any]:
     found = {
         "memory": {"recompute": "selective", "recompute_layers": None, "offload_layers": 0}, "mfu": 0.4,
         "step": {"p50_ms": 4000.0}, "tokens_per_s_per_gpu": speed, "gpu_gib": 40.0, "offloaded_gib": 0.0,
     }  # fmt: skip
-    config = {"seq_len": 1048576, "parallel": {"dp": 1, "cp": cp}}
+    config = {"seq_len": 1048576, "parallel": {"dp": dp, "cp": cp}}
     return {
         "benchmark": "train_step", "config": config, "environment": ENVIRONMENT, "check": {"passed": True},
         "modes": {"lighthouse": found},
@@ -50,8 +50,8 @@ def train_result(cp: int, speed: float) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "rows.txt").write_text("layouts/float64\nscaling/1m-cp2\ntrain/1m-cp2\ntrain/1m-cp1\n")
     write_json(tmp_path / "layouts/float64.json", layouts_result())
-    write_json(tmp_path / "train/1m-cp1.json", train_result(1, 134_000.0))
-    write_json(tmp_path / "train/1m-cp2.json", train_result(2, 130_000.0))
+    write_json(tmp_path / "train/1m-cp1.json", train_result(2, 1, 134_000.0))
+    write_json(tmp_path / "train/1m-cp2.json", train_result(1, 2, 130_000.0))
     return tmp_path
 
 
@@ -65,9 +65,12 @@ def test_rows_that_are_left_are_named(folder: Path) -> None:
     assert code == 0
     assert "- scaling/1m-cp2: not measured yet\n" in text
     assert "- Runs in float64 at every layout of 2 ranks: errors at most 3.3e-13, of 1.0e-09 allowed.\n" in text
-    assert "- Whole Lighthouse steps on 2 GPUs: 130,000 tokens/s/GPU, 3.1% more time a token than on one GPU" in text
+    speed = "- Whole Lighthouse steps on 2 GPUs, 2 a sequence: 130,000 tokens/s/GPU"
+    assert f"{speed}, 3.1% more time a token than with one each.\n" in text
     assert "In the environment: NCCL_NVLS_ENABLE=0." in text
     assert "times say nothing" not in text
+    write_json(folder / "train/1m-cp1.json", train_result(1, 1, 134_000.0))  # of one GPU, whatever its clock
+    assert f"{speed}.\n" in report(folder)[1]
 
 
 def test_what_is_wrong_or_damaged_is_named(folder: Path) -> None:

@@ -92,19 +92,18 @@ class RingExchange:
         half = max(1, groups // 2)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
 
-        def diagonal(some: slice) -> None:
+        def diagonal(some: slice) -> tuple[Tensor, Tensor, Tensor]:
             """Of some groups of heads."""
             heads = slice(some.start * share, some.stop * share)
-            new = block.backward(
+            return block.backward(
                 grad[:, :, heads], q[:, :, heads], k[:, :, some], v[:, :, some], out[:, :, heads],
                 lse[:, heads].contiguous(), causal=True,
             )  # fmt: skip
-            for sums, x in zip((dq[:, :, heads], dk[:, :, some], dv[:, :, some]), new, strict=True):
-                add(sums, sums, x)
 
         coming, transfers = self._keys(1, (k, v))
         link.post(*transfers)
-        diagonal(slice(0, half))
+        early, late = slice(0, half), slice(half, groups)
+        own = [(early, diagonal(early))]
         link.wait()
         returning: Pair | None = None
         found: Pair | None = None  # gradients of the keys and values of the last step
@@ -132,10 +131,15 @@ class RingExchange:
         returning, transfers = self._gradients(world - 1, found, (k, v))
         link.post(*transfers)
         if half < groups:
-            diagonal(slice(half, groups))
+            own.append((late, diagonal(late)))
         link.wait()
         _accumulate(self._sent(world - 1, (dk, dv)), returning)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        results = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        for some, parts in own:
+            heads = slice(some.start * share, some.stop * share)
+            for result, sums, part, place in zip(results, (dq, dk, dv), parts, (heads, some, some), strict=True):
+                add(result[:, :, place], sums[:, :, place], part)
+        return results
 
     def _keys(self, step: int, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
         """Where the keys and values of a step come, and the transfers that bring them."""
