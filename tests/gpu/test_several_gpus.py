@@ -82,7 +82,7 @@ def test_losses_are_those_of_one_gpu(data: Path, tmp_path: Path) -> None:
 
 
 def test_told_to_stop_and_killed(data: Path, tmp_path: Path) -> None:
-    stages = [{"mode": "lighthouse", "steps": 20}, {"mode": "dense", "steps": 20}]
+    stages = [{"mode": "lighthouse", "steps": 100}, {"mode": "dense", "steps": 100}]  # some seconds, in which to act
     changes = {**BFLOAT16, "stages": stages, "deterministic": True, "checkpoint": {"every": 10}}
     whole, run = (Launched(data, tmp_path / name, 1, 2, **changes) for name in ("whole", "interrupted"))
     assert whole.start().wait(120) == 0, whole.output
@@ -93,7 +93,7 @@ def test_told_to_stop_and_killed(data: Path, tmp_path: Path) -> None:
     assert agent.wait(60) == EXIT_STOPPED, run.output
 
     agent = run.start("--resume", "last")
-    run.wait_for_step(24)
+    run.wait_for_step(104)
     os.kill(rank_process(agent, 1), signal.SIGKILL)
     assert agent.wait(60) == 128 + signal.SIGKILL, run.output
 
