@@ -169,10 +169,11 @@ class Alone:
         """See `Communicator.link`."""
 
         def begin(transfers: Sequence[Transfer]) -> Callable[[], None]:
-            number = self._begin(
-                sum(t.send.nbytes for t in transfers if t.send is not None),
-                sum(t.receive.nbytes for t in transfers if t.receive is not None),
-            )
+            sent = sum(t.send.nbytes for t in transfers if t.send is not None)
+            received = sum(t.receive.nbytes for t in transfers if t.receive is not None)
+            if sent == received == 0:
+                return lambda: None
+            number = self._begin(sent, received)
             for transfer in transfers:
                 stand_in(transfer)
             self._recording.note("copied")
@@ -187,11 +188,11 @@ class Alone:
         self._recording.note("wait", number)
         return out
 
-    def _begin(self, sent: int, received: int | None = None) -> int:
-        """`received`: None where it is as much as is sent."""
+    def _begin(self, sent: int, received: int = 0) -> int:
+        """`received` may be left out where it is as much as is sent."""
         number = len(self._recording.nbytes)
         self._recording.nbytes.append(sent)
-        self._recording.busy.append(max(sent, received or 0))
+        self._recording.busy.append(max(sent, received))
         self._recording.note("begin", number)
         return number
 

@@ -186,7 +186,7 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
             --repeats $repeats
     }
     training() { # training CP FLAG...: whole steps of a model on all GPUs, of which CP share a sequence
-        row "train/$longest-cp$1" "${most[train]}" $over "$ranks" -m benchmarks.train_step $step --set "$text_is" \
+        row "train/$longest-$([ "$1" = 1 ] && echo "dp$ranks" || echo "cp$1")" "${most[train]}" $over "$ranks" -m benchmarks.train_step $step --set "$text_is" \
             --set parallel.dp=null --set "parallel.cp=$1" \
             --set "global_batch_size=$([ -n "$toy" ] && echo "$ranks" || echo $((ranks / $1)))" \
             "${@:2}"

@@ -49,14 +49,14 @@ PROJECTED = [
 EXACT = ["element", "N", "cp", "dtype", "exchange", "attention", "entries", "out", "dq", "dk", "dv"]
 NOTES = (
     "One layer, B = 1. Two numbers are of forward / of forward and backward. Times are medians of the slowest rank; MB "
-    "are 10^6 bytes that each rank sends.",
+    "are 10^6 bytes, of the rank that sends most.",
     "overhead: time over that of the whole layer on one device, divided by cp. That of dense attention on one device "
     "is measured at N / cp tokens and taken cp^2 times.",
 )
 MEASURED_NOTE = (
     "Measured over ranks. compute: what a rank's device takes without transfers, a GPU as a CUDA graph. host: what it "
     "takes to launch that without one. exposed: what transfers or the host add. tokens/s: forward and backward. hop: "
-    "one of the ring's, of keys and values, beside no compute."
+    "all keys and values of a rank, sent one rank on beside no compute."
 )
 EMULATED_NOTE = (
     "Measured on one device, each rank alone, without transfers: compute (a GPU as a CUDA graph), what the host takes "

@@ -45,8 +45,8 @@ def measured(
 
     Returns:
         By attention: `forward` and `forward_backward` of the slowest rank, peak memory, `tokens_per_s_per_rank`,
-        `bytes` that a rank sends, `compute_ms` of the slowest rank alone, and `exposed_ms`: what transfers add. Of the
-        ring, `hop_gb_per_s`: 10^9 bytes a second of keys and values that go one rank on, beside no compute.
+        `bytes` of the rank that sends most, `compute_ms` of the slowest rank alone, and `exposed_ms`: what transfers
+        add. Of the ring, `hop_gb_per_s`: 10^9 bytes a second of keys and values that go one rank on, beside no compute.
     """
     parallel = config.parallel
     cp = ContextParallel(group, parallel.sharding, exchange, parallel.block_backend)
@@ -78,7 +78,8 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
     contiguous the last has most.
 
     Returns:
-        By attention: `compute_ms` of each rank that was run, peak memory, `bytes` that a rank sends (counted), and
+        By attention: `compute_ms` of each rank that was run, peak memory and `bytes` (counted) of the rank that has
+        most, and
         `projected_exposed_ms` by network and factor of its bandwidth, of the slowest rank.
     """
     world, found = config.parallel.cp, Record()
@@ -86,11 +87,12 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
     for name in (LIGHTHOUSE, DENSE) if with_dense else (LIGHTHOUSE,):
         ranks = range(world) if name == LIGHTHOUSE else (0, world - 1)
         by_rank: dict[int, dict[str, list[Pass]]] = {}
-        reset_peak_memory(layer.device)
-        layers.forward_backward(_attentions(config, _alone(config, exchange, 0, layer.device)[1], True)[name], inputs)
-        memory = peak_memory_gib(layer.device)
+        memory = 0.0
         for rank in ranks:
             alone, cp = _alone(config, exchange, rank, layer.device)
+            reset_peak_memory(layer.device)
+            layers.forward_backward(_attentions(config, cp, True)[name], inputs)
+            memory = max(memory, peak_memory_gib(layer.device))
             by_rank[rank] = _passes(alone, _attentions(config, cp, True)[name], inputs, repeats)
         sent = {kind: max(sum(of_rank[kind][0].nbytes) for of_rank in by_rank.values()) for kind in KINDS}
         counted = {"forward": sent["forward"], "backward": sent["forward_backward"] - sent["forward"]}
@@ -109,7 +111,7 @@ def emulated(config: RunConfig, exchange: ExchangeName, layer: layers.Layer, rep
 
 
 def _hop(communicator: GroupCommunicator, layer: layers.Layer, tokens: int, repeats: int) -> float:
-    """10^9 bytes a second of keys and values of so many tokens, by the ring's own transfer (collective)."""
+    """10^9 bytes a second of the keys and values of so many tokens, all sent one rank on (collective)."""
     _, k, v, _ = layer.inputs(tokens, seed=0)
     link, kv = communicator.link(), torch.stack((k, v))
     hop_on = Transfer(1, kv, torch.empty_like(kv))

@@ -161,6 +161,7 @@ def spread(
     Returns:
         [B, N, H, D] in the rows' dtype, contiguous; sums in float32, finest level first.
     """
+    assert shifted_in or halo_CLBHD is None
     batch, _, heads, width = sub_BSHD.shape
     groups, entries = inverse_BGP.shape[1:]
     tokens = shape.length

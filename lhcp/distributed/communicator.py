@@ -23,7 +23,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Communicator(Protocol):
-    """One rank among `size`. Every rank calls the same operations in the same order, with tensors of one shape."""
+    """One rank among `size`. Every rank calls the same operations in the same order, collectives on tensors of one
+    shape."""
 
     @property
     def rank(self) -> int:

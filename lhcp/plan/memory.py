@@ -213,7 +213,7 @@ def exchange_buffers(share: Share, kind: StageMode) -> int:
         return share.rows(kind) * (2 * share.q + share.kv) * ITEMSIZE
     if share.exchange == "ring_flash_attn":
         return kv * (2 * ITEMSIZE + 4 * 4)
-    return kv * (5 * ITEMSIZE + 4)
+    return kv * (11 * ITEMSIZE // 2 + 4)
 
 
 @cache

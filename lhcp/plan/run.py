@@ -71,7 +71,7 @@ class Plan:
     settings: MemoryConfig
     constraints: Constraints
     sent: Mapping[StageMode, Mapping[ExchangeName, volume.Bytes | None]]
-    """Bytes that a rank sends for one layer of a kind in a step; None: the heads do not allow it."""
+    """Bytes of the rank that sends most, for one layer of a kind in a step; None: the heads do not allow it."""
     stages: tuple[StagePlan, ...]
     usable_bytes: float
     """Of a GPU's memory."""
@@ -192,7 +192,7 @@ def _is_legal(run: RunConfig, gpus: int, cp: int) -> bool:
 
 
 def _sent(run: RunConfig, share: Share) -> dict[StageMode, dict[ExchangeName, volume.Bytes | None]]:
-    """By kind of layer and exchange, what a rank sends; a `full` recomputation's exchange counts as backward."""
+    """By kind of layer and exchange, of the rank that sends most; a `full` recomputation's exchange counts as backward."""
     kinds: list[StageMode] = ["lighthouse"] if share.attention else []
     if run.dense_layers or any(stage.mode == "dense" for stage in run.stages):
         kinds.append("dense")

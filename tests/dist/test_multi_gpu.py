@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/multi_gpu.sh"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 ROWS = {
     "scaling/exact-bfloat16-cp{n}", "scaling/exact-float32-cp{n}", "layouts/float64-x{n}", "scaling/1k-cp{n}",
-    "scaling/1k-cp{n}-emulated", "train/1k-cp{n}", "train/1k-cp1", "scaling/1k-cp{n}-exchanges", "scaling/1k-cp1",
+    "scaling/1k-cp{n}-emulated", "train/1k-cp{n}", "train/1k-dp{n}", "scaling/1k-cp{n}-exchanges", "scaling/1k-cp1",
 }  # fmt: skip
 OF_FOUR = {"scaling/exact-bfloat16-cp2", "scaling/exact-float32-cp2", "scaling/1k-cp2"}
 
@@ -59,9 +59,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("multi-gpu") / "two: it's here"
     code, text = finish(out, "--ranks", "2", "--minutes", "2")
     assert (code, text.splitlines()[-1]) == (75, "rows are left: the same again goes on"), text
-    assert "- train/1k-cp1: not measured yet" in (out / "multi_gpu.md").read_text()
+    assert "- train/1k-dp2: not measured yet" in (out / "multi_gpu.md").read_text()
     script = start(out, "--ranks", "2")
-    until((out / "logs/train-1k-cp1.log").exists, 200, lambda: str(processes_of(out)))
+    until((out / "logs/train-1k-dp2.log").exists, 200, lambda: str(processes_of(out)))
     code, text = finish(out, "--ranks", "2")
     assert (code, "another call, or a row that one left behind, is still running" in text) == (2, True)
     script.send_signal(signal.SIGTERM)
@@ -71,7 +71,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not list((out / "failed").iterdir())
     before = (out / "scaling/exact-float32-cp2.json").stat().st_mtime_ns
     code, text = finish(out, "--ranks", "2")
-    assert (code, "exact-float32" in text, "train/1k-cp1" in text) == (0, False, True), text
+    assert (code, "exact-float32" in text, "train/1k-dp2" in text) == (0, False, True), text
     assert (out / "scaling/exact-float32-cp2.json").stat().st_mtime_ns == before
     return out
 
@@ -98,7 +98,7 @@ def check(out: Path, ranks: int, rows: set[str]) -> None:
     assert {(run["dp"], run["cp"]) for run in runs} == {(ranks // cp, cp) for cp in (1, 2, 4) if ranks % cp == 0}
     assert all(run["error"] <= 1e-9 and len(run["losses"]) == len(run["grad_norms"]) == 4 for run in runs)
     (over,) = results(out, "train")[f"1k-cp{ranks}"]["modes"].values()
-    (alone,) = results(out, "train")["1k-cp1"]["modes"].values()
+    (alone,) = results(out, "train")[f"1k-dp{ranks}"]["modes"].values()
     assert over["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
 

@@ -96,7 +96,8 @@ def test_bfloat16_is_as_exact_as_one_process(world: int, exchange: ExchangeName,
 
 
 class ToItself(Alone):
-    """A rank of many whose links are NCCL's, of a group of one: what stands in for others', it sends itself."""
+    """A rank of many whose links are NCCL's, of a group of one: it receives what it sends, or, where more or less
+    comes than goes, what stands in for it."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size, torch.device("cuda"))
@@ -107,13 +108,16 @@ class ToItself(Alone):
 
         class SelfLink(Link):
             def post(self, *transfers: Transfer) -> None:
-                others = [Transfer(t.places, t.send, None if t.receive is None else torch.empty_like(t.receive))
-                          for t in transfers]  # fmt: skip
-                for transfer in others:
-                    stand_in(transfer)
-                super().post(*(Transfer(0, o.receive, t.receive) for o, t in zip(others, transfers, strict=True)))
+                super().post(*(to_itself(transfer) for transfer in transfers))
 
         return SelfLink(nccl._start)
+
+
+def to_itself(transfer: Transfer) -> Transfer:
+    send, receive = transfer.send, transfer.receive
+    if receive is not None and (send is None or send.shape != receive.shape):
+        stand_in(Transfer(0, send, send := torch.empty_like(receive)))
+    return Transfer(0, None if receive is None else send, receive)
 
 
 @pytest.fixture

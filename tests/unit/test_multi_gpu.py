@@ -48,9 +48,9 @@ def train_result(dp: int, cp: int, speed: float) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "rows.txt").write_text("layouts/float64\nscaling/1m-cp2\ntrain/1m-cp2\ntrain/1m-cp1\n")
+    (tmp_path / "rows.txt").write_text("layouts/float64\nscaling/1m-cp2\ntrain/1m-cp2\ntrain/1m-dp2\n")
     write_json(tmp_path / "layouts/float64.json", layouts_result())
-    write_json(tmp_path / "train/1m-cp1.json", train_result(2, 1, 134_000.0))
+    write_json(tmp_path / "train/1m-dp2.json", train_result(2, 1, 134_000.0))
     write_json(tmp_path / "train/1m-cp2.json", train_result(1, 2, 130_000.0))
     return tmp_path
 
@@ -69,7 +69,7 @@ def test_rows_that_are_left_are_named(folder: Path) -> None:
     assert f"{speed}, 3.1% more time a token than with one each.\n" in text
     assert "In the environment: NCCL_NVLS_ENABLE=0." in text
     assert "times say nothing" not in text
-    write_json(folder / "train/1m-cp1.json", train_result(1, 1, 134_000.0))  # of one GPU, whatever its clock
+    write_json(folder / "train/1m-dp2.json", train_result(1, 1, 134_000.0))  # of one GPU, whatever its clock
     assert f"{speed}.\n" in report(folder)[1]
 
 

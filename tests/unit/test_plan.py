@@ -161,8 +161,9 @@ def test_buffers_of_exchanges_by_hand() -> None:
     """1M over 8 ranks, r = 8,192 rows of S on each, K and V of 8 heads of 128: kv = 2,048 elements a row."""
     ours, kv = 65_536 // 8, 2 * 1024
     expected = {
-        # A block that computes and one that arrives; gradients found, sent and arriving; their sums in float32.
-        "ring": ours * kv * (2 * 2 + 3 * 2 + 4),
+        # A block that computes and one that arrives; gradients found, sent and arriving; those of half the diagonal
+        # block; all their sums in float32.
+        "ring": ours * kv * (2 * 2 + 3 * 2 + 1 + 4),
         "allgather": 8 * ours * kv * (2 + 3 * 4),
         "ulysses": ours * (2 * 1024 + kv) * 2,
     }

@@ -108,12 +108,11 @@ class RingExchange:
         returning: Pair | None = None
         found: Pair | None = None  # gradients of the keys and values of the last step
         for step in range(1, world):
-            kv, transfers = coming, []
+            kv, coming, transfers = coming, None, []
             if step < world - 1:
                 coming, transfers = self._keys(step + 1, (k, v))
             if step > 1:
-                returning, back = self._gradients(step - 1, found, (k, v))
-                transfers += back
+                returning = self._gradients(step - 1, found, (k, v), transfers)
             if transfers:
                 link.post(*transfers)
             found = None
@@ -128,7 +127,9 @@ class RingExchange:
                 link.wait()
             if step > 1:
                 _accumulate(self._sent(step - 1, (dk, dv)), returning)
-        returning, transfers = self._gradients(world - 1, found, (k, v))
+            kv = returning = None
+        transfers = []
+        returning = self._gradients(world - 1, found, (k, v), transfers)
         link.post(*transfers)
         if half < groups:
             own.append((late, diagonal(late)))
@@ -146,11 +147,12 @@ class RingExchange:
         coming = _buffers(self._received(step, kv))
         return coming, _transfers(step, self._sent(step, kv), coming)
 
-    def _gradients(self, step: int, found: Pair | None, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
-        """Where the gradients of the keys and values that were sent for a step come, and the transfers that bring them,
-        and take those that this rank has `found`."""
-        coming = _buffers(self._sent(step, kv))
-        return coming, _transfers(-step, found, coming)
+    def _gradients(self, step: int, found: Pair | None, like: Pair, transfers: list[Transfer]) -> Pair | None:
+        """Where the gradients of the keys and values that were sent for a step come. To `transfers` is added what
+        brings them, and takes away those that this rank has `found`."""
+        coming = _buffers(self._sent(step, like))
+        transfers += _transfers(-step, found, coming)
+        return coming
 
     def _rows(self, step: int, q: Tensor) -> slice:
         """The queries that see something at a step."""
