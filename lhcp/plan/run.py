@@ -192,7 +192,7 @@ def _is_legal(run: RunConfig, gpus: int, cp: int) -> bool:
 
 
 def _sent(run: RunConfig, share: Share) -> dict[StageMode, dict[ExchangeName, volume.Bytes | None]]:
-    """By kind of layer and exchange, of the rank that sends most; a `full` recomputation's exchange counts as backward."""
+    """By kind and exchange, of the rank that sends most; the exchange of a `full` recomputation counts as backward."""
     kinds: list[StageMode] = ["lighthouse"] if share.attention else []
     if run.dense_layers or any(stage.mode == "dense" for stage in run.stages):
         kinds.append("dense")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.emulation import Alone
 from lhcp.config import Sharding
 from lhcp.distributed.communicator import GroupCommunicator
 from lhcp.distributed.exchange import ring as ring_module
@@ -110,6 +116,45 @@ def test_backward_overlaps_every_transfer_with_a_block(monkeypatch: pytest.Monke
 def test_one_head_of_keys_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     for _, events in record(2, "zigzag", monkeypatch, kv_heads=1):
         assert events == ["post kv1", "diagonal", "wait", "block", "post dkv1", "wait"]
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors of 2 or 4 heads held at once, those of `without` apart."""
+
+    def __init__(self, *without: Tensor) -> None:
+        super().__init__()
+        self._without = {x.data_ptr() for x in without}
+        self._tensors: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.dim() == 4 and {2, 4} & {*x.shape[1:3]}]
+        self._tensors += [weakref.ref(x) for x in found]
+        storages = [x.untyped_storage() for x in (ref() for ref in self._tensors) if x is not None]
+        alive = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.most = max(self.most, sum(size for at, size in alive.items() if at not in self._without))
+        return out
+
+
+@pytest.mark.parametrize("sharding", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("world", [4, 8])
+def test_few_buffers_are_held(world: int, sharding: Sharding) -> None:
+    """Those of docs/context-parallel.md, by ranks without each other: 2 M e in forward, 5.5 M e + M a in backward."""
+    forward, backward = [], []
+    for rank in range(world):
+        exchange = RingExchange(Alone(rank, world, torch.device("cpu")), ChunkLayout(world, sharding), "cpu")
+        q, grad = (torch.randn(1, 64, 12, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.randn(1, 64, 4, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+        with Alive(k, v) as alive:
+            out, lse = exchange.forward(q, k, v)
+        forward.append(alive.most)
+        with Alive(k, v) as alive:
+            exchange.backward(grad, q, k, v, out, lse)
+        backward.append(alive.most)
+    kv = k.nbytes + v.nbytes
+    assert max(forward) == 2 * kv
+    assert max(backward) == (5.5 + 2) * kv if world == 8 else max(backward) <= 7 * kv
 
 
 def test_contiguous_ranks_compute_only_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
