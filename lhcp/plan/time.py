@@ -178,8 +178,8 @@ def tensors(share: Share) -> volume.Attention:
 def _exchange(share: Share, gpu: Gpu, kind: StageMode, *, backward: bool, scored: bool = True) -> Seconds:
     """Exposed, of one direction of one attention, its halo and its scorer.
 
-    A ring hides transfers behind its attention; the gradients' last counts in full, until it is measured how far the
-    diagonal block beside it hides it. The others hide nothing.
+    A ring hides transfers behind its attention (the package's not the gradients' last), the others hide nothing. What
+    kernels lose to transfers beside them, and ranks to the slowest of them, is not in it.
     """
     if share.cp == 1:
         return Seconds()
@@ -189,17 +189,15 @@ def _exchange(share: Share, gpu: Gpu, kind: StageMode, *, backward: bool, scored
     attention = attention_flops(share, kind)
     compute = 2.5 * attention / gpu.attention_backward_flops if backward else attention / gpu.attention_forward_flops
     exposed = _waited((sent.backward if backward else sent.forward) / bandwidth, compute if ring else 0.0)
-    if ring and backward:
+    if share.exchange == "ring_flash_attn" and backward:
         exposed += share.rows(kind) * share.kv * of.gradient_itemsize / bandwidth
     exposed += latency
     config = share.attention
     if kind == "lighthouse" and config is not None:
         exposed += volume.halo_bytes(config, share.cp, share.chunks_per_rank, of).forward / bandwidth + latency
         if scored and not backward:
-            scored_bytes = volume.scorer_bytes(
-                share.exchange, config, share.cp, share.chunks_per_rank, share.length, of
-            ).forward
-            exposed += _waited(scored_bytes / bandwidth, _scorer(share, gpu, kind).scorer if ring else 0.0)
+            there = volume.scorer_bytes(share.exchange, config, share.cp, share.chunks_per_rank, share.length, of)
+            exposed += _waited(there.forward / bandwidth, _scorer(share, gpu, kind).scorer if ring else 0.0)
     return Seconds(exchange=exposed)
 
 

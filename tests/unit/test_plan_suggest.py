@@ -14,8 +14,8 @@ from lhcp.plan.gpus import GIB
 
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
 DEMO = CONFIGS / "demo.yaml"
-ON_GPUS = ("device=cuda", "compute_dtype=bfloat16", "model.vocab_size=512", "stages.0.steps=7")
-LAYERS = 4
+ON_GPUS = ("device=cuda", "compute_dtype=bfloat16", "model.vocab_size=512", "stages.0.steps=7", "model.num_layers=5")
+LAYERS = 5
 
 
 def gpu(memory: float, host: float = 1.0, pcie: float = 50e9) -> Gpu:
