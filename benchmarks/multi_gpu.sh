@@ -75,13 +75,16 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 trap 'stop 129' HUP
 
-: >"$out/rows.txt"
+listing=''
 # row NAME SECONDS COMMAND...: measure one, whose result is OUT/NAME.json, if that long is left.
 row() {
     local name=$1 seconds=$2 code=0 began=$SECONDS
     shift 2
     local log=$out/logs/${name//\//-}.log failure=$out/failed/${name//\//-}.log
-    echo "$name" >>"$out/rows.txt"
+    if [ -n "$listing" ]; then
+        echo "$name" >>"$out/rows.txt"
+        return
+    fi
     if [ -e "$failure" ]; then
         echo "$name: failed before; see $failure, and remove it to try again"
         failed=1
@@ -164,19 +167,19 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
 # The command may not be installed where the source tree is run.
 [ -e "$data" ] || python -c 'from lhcp.cli import app; app()' data prepare "${text[@]}" --out "$data" --held-out 0.1
 
+flash=''
+[ -n "$toy" ] || ! python -c 'import flash_attn, ring_flash_attn' 2>/dev/null || flash=,ring_flash_attn
+
 # The words of these strings are arguments.
 # shellcheck disable=SC2086
-{
+all_rows() {
+    local over layers cp kind name
     over="python -m torch.distributed.run --standalone --nproc-per-node"
     layers="-m benchmarks.scaling $layer"
 
     exact() { # exact RANKS DTYPE: every exchange, forward and backward, against one process
-        local flash=''
-        if [ "$2" = bfloat16 ] && [ -z "$toy" ] && python -c 'import flash_attn, ring_flash_attn' 2>/dev/null; then
-            flash=,ring_flash_attn
-        fi
         row "scaling/exact-$2-cp$1" "${most[exact]}" $over "$1" $layers ${length[$longest]} ${dtype[$2]} \
-            --set "parallel.cp=$1" --exchanges "$exchanges$flash" --repeats 0
+            --set "parallel.cp=$1" --exchanges "$exchanges$([ "$2" != bfloat16 ] || echo "$flash")" --repeats 0
     }
     scaling() { # scaling LENGTH RANKS: Lighthouse and dense over ranks
         row "scaling/$1-cp$2" "${seconds[$1]}" $over "$2" $layers ${length[$1]} --set "parallel.cp=$2" --repeats $repeats
@@ -186,10 +189,11 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
             --repeats $repeats
     }
     training() { # training CP FLAG...: whole steps of a model on all GPUs, of which CP share a sequence
-        row "train/$longest-$([ "$1" = 1 ] && echo "dp$ranks" || echo "cp$1")" "${most[train]}" $over "$ranks" -m benchmarks.train_step $step --set "$text_is" \
-            --set parallel.dp=null --set "parallel.cp=$1" \
-            --set "global_batch_size=$([ -n "$toy" ] && echo "$ranks" || echo $((ranks / $1)))" \
-            "${@:2}"
+        local layout=cp$1 sequences=$((ranks / $1))
+        [ "$1" != 1 ] || layout=dp$ranks
+        [ -z "$toy" ] || sequences=$ranks # of both, so that losses are the same
+        row "train/$longest-$layout" "${most[train]}" $over "$ranks" -m benchmarks.train_step $step --set "$text_is" \
+            --set parallel.dp=null --set "parallel.cp=$1" --set "global_batch_size=$sequences" "${@:2}"
     }
 
     for kind in bfloat16 float32; do exact "$ranks" $kind; done
@@ -215,6 +219,12 @@ data=${data:-$out/data} text_is=data.path=\'${data//\'/\'\'}\'
         for ((cp = ranks / 2; cp > 0; cp /= 2)); do scaling "$name" $cp; done
     done
 }
+
+: >"$out/rows.txt"
+listing=yes
+all_rows
+listing=''
+all_rows
 
 python -m benchmarks.multi_gpu_report "$out" >/dev/null || failed=1
 echo "report: $out/multi_gpu.md"

@@ -21,7 +21,7 @@ from lhcp.metrics import tell
 
 ROWS, REPORT = "rows.txt", "multi_gpu.md"
 NOT_YET = "not measured yet"
-TRAINED = ["N", "dp", "cp", *train_step.HEADER]
+TRAINED = ["N", "dp", "cp", *train_step.HEADER, "transfers, exposed, by rank"]
 Results = Mapping[str, Record]
 
 
@@ -123,7 +123,12 @@ def _read(
 def _trained(result: Record) -> list[list[str]]:
     config = result["config"]
     where = [f"{config['seq_len']:,}", str(config["parallel"]["dp"]), str(config["parallel"]["cp"])]
-    return [[*where, *train_step.row(mode, found)] for mode, found in result["modes"].items()]
+    return [[*where, *train_step.row(mode, found), _exposed(found)] for mode, found in result["modes"].items()]
+
+
+def _exposed(found: Record) -> str:
+    """Of each rank, milliseconds of a step in which its GPU does nothing but NCCL's transfers, or waits in them."""
+    return " / ".join(f"{rank['transfers_ms']['exposed']:,.0f}" for rank in found.get("by_rank", [])) or "-"
 
 
 def _nccl(environment: Record) -> str:

@@ -1,7 +1,7 @@
 """Where the time of a step goes on a GPU, from a profiler's trace: attention, matrix products, loss, and so on.
 
 The compute stream runs one kernel at a time, so its parts and its idle time add up to the step. Copies to and from host
-memory run beside it; what is counted of them is the time in which nothing else runs.
+memory, and NCCL's transfers, run beside it; what is counted of them is the time in which nothing else runs.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ PARTS = (ATTENTION, AROUND, GEMM, LOSS, OPTIMIZER, OFFLOAD, OTHER, IDLE)
 _ATTENTION = ("cudnn", "fmha", "flash", "sdpa")
 _LIGHTHOUSE = ("_pool_kernel", "_select_kernel", "_gather_kernel", "_spread_kernel")
 _GEMM = ("nvjet", "gemm", "cutlass", "cublas")
+_NCCL = "nccldevkernel"
 
 
 def step_parts(step: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds of one call of `step` by part, `PARTS`; of the copies in all; and of the longest kernels by name."""
+    """Milliseconds of one call of `step`: by part, `PARTS`; of copies; of NCCL's transfers; of the longest kernels."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
         step()
@@ -48,23 +49,28 @@ def parts(events: Iterable[Event]) -> dict[str, Any]:
     times = dict.fromkeys(PARTS, 0.0)
     busy: list[Span] = []
     copies: list[Span] = []
+    transfers: list[Span] = []
     kernels: dict[str, list[float]] = {}
     for event in events:
         span = (event["ts"], event["ts"] + event["dur"])
         if event.get("cat") == "gpu_memcpy" and ("HtoD" in event["name"] or "DtoH" in event["name"]):
             copies.append(span)
         elif event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            busy.append(span)
-            times[_part(event["name"], span, loss, optimizer)] += event["dur"]
+            if _NCCL in event["name"].lower():
+                transfers.append(span)
+            else:
+                busy.append(span)
+                times[_part(event["name"], span, loss, optimizer)] += event["dur"]
             kernels.setdefault(event["name"], []).append(event["dur"])
-    both = _length(busy + copies)
+    both, everything = _length(busy + copies), _length(busy + copies + transfers)
     times[OFFLOAD] = both - _length(busy)
-    ends = [end for _, end in busy + copies]
-    times[IDLE] = max(ends) - min(start for start, _ in busy + copies) - both
+    ends = [end for _, end in busy + copies + transfers]
+    times[IDLE] = max(ends) - min(start for start, _ in busy + copies + transfers) - everything
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]
     return {
         "parts_ms": {part: time / 1e3 for part, time in times.items()},
         "copies_ms": _length(copies) / 1e3,
+        "transfers_ms": {"all": _length(transfers) / 1e3, "exposed": (everything - both) / 1e3},
         "kernels": [{"name": name[:120], "calls": len(x), "ms": sum(x) / 1e3} for name, x in longest],
     }
 

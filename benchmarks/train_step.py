@@ -243,7 +243,12 @@ def _measure(config: RunConfig, device: torch.device) -> Record:
         "process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "offloaded_gib": offloaded_bytes(config) / 2**30,
     }
-    return found | (step_parts(trainer.train_step) if on_gpu else {})
+    if not on_gpu:
+        return found
+    mine = step_parts(trainer.train_step)
+    by_rank: list[Record] = [{}] * world
+    dist.all_gather_object(by_rank, {key: mine[key] for key in ("parts_ms", "transfers_ms")})
+    return found | mine | {"by_rank": by_rank}
 
 
 def offloaded_bytes(config: RunConfig) -> int:

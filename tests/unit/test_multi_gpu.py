@@ -38,6 +38,7 @@ def train_result(dp: int, cp: int, speed: float) -> dict[str, Any]:
     found = {
         "memory": {"recompute": "selective", "recompute_layers": None, "offload_layers": 0}, "mfu": 0.4,
         "step": {"p50_ms": 4000.0}, "tokens_per_s_per_gpu": speed, "gpu_gib": 40.0, "offloaded_gib": 0.0,
+        "by_rank": [{"transfers_ms": {"all": 300.0, "exposed": ms}} for ms in (80.4, 19.6)],
     }  # fmt: skip
     config = {"seq_len": 1048576, "parallel": {"dp": dp, "cp": cp}}
     return {
@@ -68,6 +69,7 @@ def test_rows_that_are_left_are_named(folder: Path) -> None:
     speed = "- Whole Lighthouse steps on 2 GPUs, 2 a sequence: 130,000 tokens/s/GPU"
     assert f"{speed}, 3.1% more time a token than with one each.\n" in text
     assert "In the environment: NCCL_NVLS_ENABLE=0." in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if "| selective |" in line] == ["80 / 20"] * 2
     assert "times say nothing" not in text
     write_json(folder / "train/1m-dp2.json", train_result(1, 1, 134_000.0))  # of one GPU, whatever its clock
     assert f"{speed}.\n" in report(folder)[1]

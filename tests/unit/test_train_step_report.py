@@ -36,13 +36,16 @@ def test_a_trace_by_part() -> None:
         kernel("Memcpy DtoD (Device -> Device)", 70, 5, "gpu_memcpy"),
         kernel("Optimizer.step#AdamW.step", 85, 15, "gpu_user_annotation"),
         kernel("multi_tensor_apply_kernel", 90, 10),
+        kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 15, 18),  # beside compute
+        kernel("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 76, 8),  # 8 of it alone
     ]
     found = step_parts.parts(events)
     assert found["parts_ms"] == pytest.approx({
         ATTENTION: 0.010, AROUND: 0.004, GEMM: 0.020, LOSS: 0.020, OPTIMIZER: 0.010, OFFLOAD: 0.010, OTHER: 0.011,
-        IDLE: 0.015,
+        IDLE: 0.007,
     })  # fmt: skip
-    assert sum(found["parts_ms"].values()) == pytest.approx(0.1)
+    assert found["transfers_ms"] == pytest.approx({"all": 0.026, "exposed": 0.008})
+    assert sum(found["parts_ms"].values()) + found["transfers_ms"]["exposed"] == pytest.approx(0.1)
     assert found["copies_ms"] == pytest.approx(0.052)
     assert found["kernels"][0] == {"name": "nvjet_sm90_tst_256x160", "calls": 1, "ms": pytest.approx(0.020)}
 
