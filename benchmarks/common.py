@@ -23,7 +23,7 @@ from lhcp.environment import now, versions
 from lhcp.launch.snapshot import code_digest
 
 WARM_UP = 2
-"""Calls before the first that is timed."""
+"""Calls before the first that is timed; one where that takes `LEAST_MS`."""
 LEAST_MS, MOST_TURNS = 1000, 20
 """Time that calls on a GPU are measured for, and how many times `repeats` they may be for it."""
 HEAD_START = 4_000_000
@@ -86,18 +86,16 @@ def _in_a_stream(call: Callable[[], object], repeats: int, queued: bool) -> list
     one second to the next.
     """
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    taken = 0.0
     for _ in range(WARM_UP):
-        first.record()
-        call()
-        last.record()
-    torch.cuda.synchronize()
-    turns = math.ceil(LEAST_MS / repeats / max(0.01, first.elapsed_time(last)))
-    turns = max(1, min(turns, MOST_TURNS))
-    if dist.is_initialized():  # as many on every rank
-        of_all = torch.tensor(turns, device="cuda")
-        dist.all_reduce(of_all, dist.ReduceOp.MAX)
-        turns = int(of_all)
-    repeats *= turns
+        if taken < LEAST_MS:
+            first.record()
+            call()
+            last.record()
+            torch.cuda.synchronize()
+            taken = largest_over_ranks(first.elapsed_time(last), torch.device("cuda"))  # or ranks would differ in calls
+    turns = math.ceil(LEAST_MS / repeats / max(0.01, taken))
+    repeats *= max(1, min(turns, MOST_TURNS))
     if queued:
         torch.cuda._sleep(HEAD_START * repeats)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
