@@ -7,8 +7,8 @@
 #
 # A call takes at most --minutes (10). Rows that are in OUT are not measured again; nor are rows that failed, until their
 # log in OUT/failed is removed. OUT/multi_gpu.md is the report of what there is. Text is PyTorch's source, or what `lhcp
-# data prepare` has written to --data DIR. Exit codes: 0 all rows are there, 1 one failed, 2 a wrong argument, 75 rows are
-# left.
+# data prepare` has written to --data DIR. Exit codes: 0 all rows are there, 1 one failed (and others may be left), 2 a
+# wrong argument, 75 rows are left.
 set -euo pipefail
 
 usage="usage: $0 OUT [--toy] [--ranks N] [--minutes M] [--data DIR]"

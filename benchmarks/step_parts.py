@@ -1,7 +1,7 @@
 """Where the time of a step goes on a GPU, from a profiler's trace: attention, matrix products, loss, and so on.
 
-The compute stream runs one kernel at a time, so its parts and its idle time add up to the step. Copies to and from host
-memory, and NCCL's transfers, run beside it; what is counted of them is the time in which nothing else runs.
+The compute stream runs one kernel at a time, so its parts, idle time and NCCL's exposed transfers add up to the step.
+Copies to and from host memory, and NCCL's transfers, run beside it; of them the time counts in which nothing else runs.
 """
 
 from __future__ import annotations

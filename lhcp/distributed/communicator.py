@@ -107,8 +107,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def _detour(device: torch.device) -> None:
     """Hold what follows on the current stream back for some microseconds, so that NCCL's kernel can start first.
 
-    An attention kernel takes every multiprocessor until it ends. Launched first, by however little, it would keep the
-    transfer that it should hide waiting, and all of it would come after.
+    An attention kernel takes every multiprocessor until its last tiles. Launched first, by however little, it would
+    keep the transfer that it should hide waiting, and most of it would come after.
     """
     here, elsewhere = torch.cuda.current_stream(device), _stream(device)
     elsewhere.wait_stream(here)
