@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 from benchmarks.common import Record, make_way, software, table, write_json
 from lhcp.config import ConfigError
 from lhcp.distributed.exchange import merge_kernel
+from lhcp.distributed.exchange.merge import AT_ONCE, Part
 from lhcp.kernels.lighthouse import gather, pool, select
 from lhcp.kernels.lighthouse.pyramid import PyramidShape
 from lhcp.metrics import tell
@@ -166,12 +167,15 @@ def launches(case: Case) -> list[Launch]:
     run("spread, shifted, halo", gather.spread, sub, inverse, shape, shifted_in=CHUNKS, halo_CLBHD=halo)
     pooled, _ = run("pool, shifted", pool.pool, grad, groups, shape, shifted_in=CHUNKS)
     run("gather, shifted", gather.gather, grad, pooled, rows, shape, shifted_in=CHUNKS)
-    # The later of two chunks' rows, as the ring merges them.
+    # As many blocks as are held, and once more with what was merged or added before.
     slots = sub.shape[1]
-    out, lse = sub.float()[:, slots // 2 :], sub.new_empty(1, case.num_heads, slots, dtype=torch.float32)
-    new = sub.new_empty(1, case.num_heads, slots - slots // 2, case.head_dim).transpose(1, 2)
-    run("merge", merge_kernel.merge_in_one_pass, out, lse[..., slots // 2 :], new, lse[..., slots // 2 :].clone())
-    run("add", merge_kernel.add_in_one_pass, out, out, new)
+    lse = sub.new_empty(1, case.num_heads, slots, dtype=torch.float32)
+    later = sub.new_empty(1, case.num_heads, slots - slots // 2, case.head_dim).transpose(1, 2)
+    whole, half = Part(sub, lse=lse), Part(later, slots // 2, lse=lse[..., slots // 2 :])
+    for before, more in ((whole, ""), (Part(sub.float(), lse=lse), ", more")):
+        parts = [before] + [half] * (AT_ONCE - 1)
+        run(f"merge{more}", merge_kernel.merge_in_one_pass, sub, lse, parts)
+        run(f"add{more}", merge_kernel.add_in_one_pass, sub, parts)
     return found
 
 
@@ -203,16 +207,20 @@ def resources(launch: Launch, arch: int) -> Record:
 def specialized(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton makes of a launch: its parameters' types, constants and divisibility; and the compiler's options."""
     options, types, constants, divisible = dict(launch.values), {}, {}, {}
+
+    def type_of(value: Any, path: tuple[int, ...], constant: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(one, (*path, index), constant) for index, one in enumerate(value))
+        if constant or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        pointer = POINTERS[value.dtype] if isinstance(value, Tensor) else None
+        if pointer or value % 16 == 0:  # PyTorch aligns memory to more
+            divisible[path] = [["tt.divisibility", 16]]
+        return pointer or ("i32" if value < 2**31 else "i64")
+
     for index, parameter in enumerate(launch.kernel.params):
-        value = options.pop(parameter.name)
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            types[parameter.name] = "constexpr"
-            constants[index,] = value
-        else:
-            pointer = POINTERS[value.dtype] if isinstance(value, Tensor) else None
-            types[parameter.name] = pointer or ("i32" if value < 2**31 else "i64")
-            if pointer or value % 16 == 0:  # PyTorch aligns memory to more
-                divisible[index,] = [["tt.divisibility", 16]]
+        types[parameter.name] = type_of(options.pop(parameter.name), (index,), parameter.is_constexpr)
     return ASTSource(launch.kernel, types, constants, divisible), options
 
 

@@ -28,7 +28,7 @@ from lhcp.attention import LighthouseConfig, Selection, lighthouse, lighthouse_a
 from lhcp.attention.layers import layer_attentions
 from lhcp.config import ModelConfig
 from lhcp.distributed import ContextParallel
-from lhcp.distributed.exchange import merge
+from lhcp.distributed.exchange.merge import AT_ONCE, Part, add, merge
 from lhcp.distributed.exchange.merge_kernel import add_in_one_pass, merge_in_one_pass
 from lhcp.kernels.lighthouse import ops, reference
 from lhcp.model.llama import Block
@@ -141,37 +141,49 @@ def test_a_block_compiles_whole() -> None:
         assert relative(value, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("count", [1, AT_ONCE])
 @pytest.mark.parametrize("width", [4, 24])
-def test_blocks_are_merged_as_plain_pytorch_does(width: int) -> None:
-    """In place, in slices of larger tensors, from a block whose rows lie head by head; what is beside them stays."""
+def test_blocks_are_merged_as_plain_pytorch_does(width: int, count: int) -> None:
+    """Blocks of all rows and of some, which lie head by head, in bfloat16 and in float32."""
     batch, n, heads = 2, 37, 3
     generator = torch.Generator().manual_seed(width)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(DEVICE)
+    def part(row: int, rows: int) -> Part:
+        x, lse = (torch.randn(batch, heads, rows, *of, generator=generator).to(DEVICE) for of in ((width,), ()))
+        return Part((x if row == 0 else x.bfloat16()).transpose(1, 2), row, lse=3 * lse)
 
-    out, lse = normal(batch, n + 5, heads, width), 3 * normal(batch, heads, n + 5)
-    new, new_lse = normal(batch, heads, n, width).bfloat16().transpose(1, 2), 3 * normal(batch, heads, n)
-    expected = [x.double() for x in (out, lse)]
-    merge.merge(expected[0][:, 5:], expected[1][..., 5:], new.double(), new_lse.double())
-    merge_in_one_pass(out[:, 5:], lse[..., 5:], new, new_lse)
-    for value, reference_value in zip((out, lse), expected, strict=True):
-        torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=1e-6)
+    parts = [part(0, n), part(5, n - 5), part(0, n), part(20, 3), part(36, 1)][:count]
+    exact = [Part(x.x.double(), x.row, lse=x.lse.double()) for x in parts if x.lse is not None]
+    expected = [torch.empty(batch, *of, device=DEVICE).double() for of in ((n, heads, width), (heads, n))]
+    merge(*expected, exact)
+    # Apart from the parts, and in the first of them.
+    out, lse = (torch.empty_like(x, dtype=torch.float32) for x in expected)
+    into = Part(torch.empty_like(out).copy_(parts[0].x), lse=parts[0].lse)
+    assert into.lse is not None
+    merge_in_one_pass(out, lse, parts)
+    merge_in_one_pass(into.x, into.lse, [into, *parts[1:]])
+    for values in ((out, lse), (into.x, into.lse)):
+        for value, reference_value in zip(values, expected, strict=True):
+            torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [1, AT_ONCE])
 @pytest.mark.parametrize("width", [4, 24])
-def test_blocks_gradients_are_added_as_plain_pytorch_does(width: int) -> None:
-    """To the bit: into one of them, rounded to bfloat16, of some rows and heads; what is beside them stays."""
+def test_blocks_gradients_are_added_as_plain_pytorch_does(width: int, count: int) -> None:
+    """To the bit, of some rows and heads each, rounded to bfloat16 and not; zeros where there are none."""
     batch, n, heads = 2, 37, 3
     generator = torch.Generator().manual_seed(width)
-    sums = torch.randn(batch, n + 5, heads + 1, width, generator=generator).to(DEVICE)
-    new = torch.randn(batch, heads, n, width, generator=generator).to(DEVICE).bfloat16().transpose(1, 2)
-    expected = sums.clone()
-    expected[:, 5:, 1:] += new
-    rounded = torch.zeros_like(sums, dtype=torch.bfloat16)
-    add_in_one_pass(rounded[:, 5:, 1:], new, sums[:, 5:, 1:])
-    add_in_one_pass(sums[:, 5:, 1:], sums[:, 5:, 1:], new)
-    assert torch.equal(sums, expected)
-    assert torch.equal(rounded[:, 5:, 1:], expected[:, 5:, 1:].bfloat16())
-    assert not rounded[:, :5].any()
-    assert not rounded[:, :, 0].any()
+
+    def part(row: int, rows: int, head: int, of: int) -> Part:
+        x = torch.randn(batch, of, rows, width, generator=generator).to(DEVICE)
+        return Part((x if row == 1 else x.bfloat16()).transpose(1, 2), row, head)
+
+    parts = [part(1, 35, 0, 3), part(5, 32, 0, 3), part(0, n, 1, 2), part(20, 3, 2, 1), part(0, 36, 0, 1)][:count]
+    whole = torch.randn(batch, n, heads, width, generator=generator)
+    for into, dtype in ((None, torch.float32), (None, torch.bfloat16), (Part(whole.to(DEVICE)), torch.float32)):
+        added = parts if into is None else [into, *parts[1:]]
+        expected = torch.empty(whole.shape, dtype=dtype)
+        add(expected, [Part(part.x.cpu(), part.row, part.head) for part in added])
+        out = torch.full_like(expected, torch.nan, device=DEVICE) if into is None else into.x
+        add_in_one_pass(out, added)
+        assert torch.equal(out.cpu(), expected)

@@ -16,6 +16,8 @@ from lhcp.plan.share import ITEMSIZE, Layer, Share
 Parts = dict[str, int]
 LOSS_ROWS = 8_192
 """Tokens whose logits exist at a time."""
+RING_PARTS = 5
+"""Of a gradient, that wait to be added."""
 INPUT = "input"
 ATTENDED = "attention output, log-sum-exp, selected rows"
 PRODUCT = "silu(gate) x up"
@@ -213,7 +215,9 @@ def exchange_buffers(share: Share, kind: StageMode) -> int:
         return share.rows(kind) * (2 * share.q + share.kv) * ITEMSIZE
     if share.exchange == "ring_flash_attn":
         return kv * (2 * ITEMSIZE + 4 * 4)
-    return kv * (11 * ITEMSIZE // 2 + 4)
+    # Parts of dQ that wait to be added, as many as ranks, until they begin a sum in float32.
+    dq = share.rows(kind) * share.q * (min(share.cp, RING_PARTS) * ITEMSIZE + (4 if share.cp >= RING_PARTS else 0))
+    return dq + kv * min((2 * share.cp + 5) * ITEMSIZE // 2, 9 * ITEMSIZE + 4)
 
 
 @cache

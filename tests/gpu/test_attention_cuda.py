@@ -11,7 +11,7 @@ from torch import Tensor
 from lhcp.attention import LighthouseConfig, lighthouse_attention, select, select_from_scores
 from lhcp.distributed import ContextParallel
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.merge import merge
+from lhcp.distributed.exchange.merge import Merge, Sum
 from lhcp.distributed.exchange.ring import visible_block
 from lhcp.distributed.sharding import ChunkLayout
 
@@ -65,29 +65,32 @@ def test_ring_blocks_add_up(sharding: Any, backend: Any, kv_heads: int) -> None:
     shards = [tuple(x[:, rows] for x in (q, k, v, grad)) for rows in own]
     block = block_backend(backend, q)
     out = torch.zeros(q.shape, device="cuda")
-    dq, dk, dv = (torch.zeros(x.shape, device="cuda") for x in (q, k, v))
+    dk, dv = (torch.zeros(x.shape, device="cuda") for x in (k, v))
+    dq = torch.zeros_like(q)
     for rank in range(world):
         q_, k_, v_, grad_ = shards[rank]
-        first, lse = block.forward(q_, k_, v_, causal=True)
-        total = first.float()
+        merge, dq_of_rank = Merge(q_), Sum(q_)
+        merge.add(*block.forward(q_, k_, v_, causal=True))
         parts = [(s, visible_block(layout, rank, s, q_.shape[1])) for s in range(world) if s != rank]
         steps = [(s, part.queries, part.keys) for s, part in parts if part is not None]
         for source, rows, keys in steps:
             new, new_lse = block.forward(q_[:, rows], shards[source][1][:, keys], shards[source][2][:, keys], False)
-            merge(total[:, rows], lse[..., rows], new, new_lse)
-        out[:, own[rank]] = total
-        rounded = total.to(q.dtype)
-        gradients = block.backward(grad_, q_, k_, v_, rounded, lse, causal=True)
-        for target, value in zip((dq, dk, dv), gradients, strict=True):
+            merge.add(new, new_lse, rows)
+        rounded, lse = merge.result()
+        out[:, own[rank]] = rounded.float()
+        first, *gradients = block.backward(grad_, q_, k_, v_, rounded, lse, causal=True)
+        dq_of_rank.add(first)
+        for target, value in zip((dk, dv), gradients, strict=True):
             target[:, own[rank]] += value
         for source, rows, keys in steps:
             dq_, dk_, dv_ = block.backward(
                 grad_[:, rows], q_[:, rows], shards[source][1][:, keys], shards[source][2][:, keys],
                 rounded[:, rows], lse[..., rows].contiguous(), causal=False,
             )  # fmt: skip
-            dq[:, own[rank][rows]] += dq_
+            dq_of_rank.add(dq_, rows)
             dk[:, own[source][keys]] += dk_
             dv[:, own[source][keys]] += dv_
+        dq[:, own[rank]] = dq_of_rank.result()
     for value, one, reference in zip((out, dq, dk, dv), (whole[0], *whole[2:]), (exact[0], *exact[2:]), strict=True):
         assert relative(value, reference) <= 1.5 * relative(one, reference)
 

@@ -21,8 +21,8 @@ VARIANTS = {
     "_select_kernel": {"select"},
     "_gather_kernel": {"gather", "gather, shifted"},
     "_spread_kernel": {"spread", "spread, shifted", "spread, shifted, halo"},
-    "_merge_kernel": {"merge"},
-    "_add_kernel": {"add"},
+    "_merge_kernel": {"merge", "merge, more"},
+    "_add_kernel": {"add", "add, more"},
 }
 # Bytes. To fit one more block on a multiprocessor, ptxas parks a few of a thread's registers; in which kernels it does,
 # changes with its version (at most 8 in Triton 3.6 and 3.7). A tile that is too large for the registers takes hundreds.

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from lhcp import cli, config_file
 from lhcp.config import ConfigError, MemoryConfig, ModelConfig, RunConfig, StageMode
+from lhcp.distributed.exchange.merge import AT_ONCE
 from lhcp.launch import grid
 from lhcp.model.llama import Llama
 from lhcp.plan import GPUS, Gpu, Plan, as_json, plan_run, show
 from lhcp.plan.gpus import GIB
-from lhcp.plan.memory import Memory, exchange_buffers, memory_of
+from lhcp.plan.memory import RING_PARTS, Memory, exchange_buffers, memory_of
 from lhcp.plan.report import PARTS
 from lhcp.plan.share import Share, layers_of, share_of
 from lhcp.plan.time import Seconds, step_time
@@ -161,14 +162,17 @@ def test_buffers_of_exchanges_by_hand() -> None:
     """1M over 8 ranks, r = 8,192 rows of S on each, K and V of 8 heads of 128: kv = 2,048 elements a row."""
     ours, kv = 65_536 // 8, 2 * 1024
     expected = {
-        # A block that computes and one that arrives; gradients found, sent and arriving; those of half the diagonal
-        # block; all their sums in float32.
-        "ring": ours * kv * (2 * 2 + 3 * 2 + 1 + 4),
+        # Of K, V and their gradients at most W + 2.5 parts. Of dQ five that wait, and a sum in float32.
+        "ring": ours * kv * (2 * 8 + 5) + ours * 1024 * (5 * 2 + 4),
         "allgather": 8 * ours * kv * (2 + 3 * 4),
         "ulysses": ours * (2 * 1024 + kv) * 2,
     }
     for exchange, size in expected.items():
         assert exchange_buffers(share("1m.yaml", f"parallel.exchange={exchange}", gpus=32), "lighthouse") == size
+    # Over two ranks nothing waits for a sum: one block of K and V, 3.5 of gradients, and two of dQ.
+    two = share("1m.yaml", "parallel.cp=2", gpus=8)
+    assert exchange_buffers(two, "lighthouse") == 4 * ours * (kv * 9 + 1024 * 2 * 2)
+    assert RING_PARTS == AT_ONCE
 
 
 def test_a_micro_batch_of_two_sequences() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lhcp.config import BlockBackendName
 from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.merge import merge
+from lhcp.distributed.exchange.merge import Merge
 from lhcp.distributed.order import joined, parted
 from lhcp.distributed.sharding import ChunkLayout
 
@@ -35,11 +35,12 @@ class AllGatherExchange:
         all_k, all_v = self._gathered(k, v)
         outs, lses = [], []
         for rows, start in self._chunks(q.shape[1]):
-            first, lse = block.forward(q[:, rows], k[:, rows], v[:, rows], causal=True)
-            out = first.to(torch.promote_types(q.dtype, torch.float32))
+            merge = Merge(q[:, rows])
+            merge.add(*block.forward(q[:, rows], k[:, rows], v[:, rows], causal=True))
             if start:
-                merge(out, lse, *block.forward(q[:, rows], all_k[:, :start], all_v[:, :start], causal=False))
-            outs.append(out.to(q.dtype))
+                merge.add(*block.forward(q[:, rows], all_k[:, :start], all_v[:, :start], causal=False))
+            out, lse = merge.result()
+            outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 1), torch.cat(lses, -1)
 

@@ -1,42 +1,148 @@
-"""Blocks of one row's attention become one, by their log-sum-exps, and so do the gradients of blocks, by addition."""
+"""Blocks of one row's attention become one, by their log-sum-exps, and so do the gradients of blocks, by addition.
+
+What is added is held until `AT_ONCE` parts are there, which a GPU then reads in one pass.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+AT_ONCE = 5
+"""Parts held at most, without another that is about to be added. Four ranks have no more, of gradients."""
+ALL = slice(None)
 
-def merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
-    """Fold a block's output and log-sum-exp into `out` and `lse`, in place.
 
-    Args:
-        out: [B, n, H, D] in the accumulation dtype.
-        lse: [B, H, n], finite, in the accumulation dtype.
-        new: [B, n, H, D] in any dtype.
-        new_lse: [B, H, n].
+@dataclass(frozen=True)
+class Part:
+    """Some rows and heads of a tensor [B, N, H, D].
+
+    Attributes:
+        x: [B, n, h, D] in any dtype, D contiguous.
+        row: of the tensor, where `x` begins.
+        head: likewise.
+        lse: of attention's output, its log-sum-exp [B, h, n]; finite.
     """
-    if out.is_cuda and out.dtype == torch.float32:
-        from lhcp.distributed.exchange.merge_kernel import merge_in_one_pass
 
-        merge_in_one_pass(out, lse, new, new_lse)
-        return
-    total = torch.logaddexp(lse, new_lse)
-    out *= (lse - total).exp().transpose(1, 2).unsqueeze(-1)
-    out += new * (new_lse - total).exp().transpose(1, 2).unsqueeze(-1)
-    lse.copy_(total)
+    x: Tensor
+    row: int = 0
+    head: int = 0
+    lse: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Of the tensor."""
+        return slice(self.row, self.row + self.x.shape[1])
+
+    @property
+    def heads(self) -> slice:
+        """Of the tensor."""
+        return slice(self.head, self.head + self.x.shape[2])
 
 
-def add(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """Put x + y into `out`, which may be one of them, rounded once.
+class Sum:
+    """A tensor like another, as the sum of its parts: in the accumulation dtype, rounded once."""
 
-    Args:
-        out: [B, n, H, D] in any dtype, D contiguous.
-        x: likewise.
-        y: likewise.
-    """
-    if out.is_cuda and torch.promote_types(x.dtype, y.dtype) == torch.float32:
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._accumulated = like, torch.promote_types(like.dtype, torch.float32)
+        self._parts: list[Part] = []
+        self._so_far: Tensor | None = None
+        """The first of the parts, once there were too many."""
+
+    def add(self, x: Tensor, rows: slice = ALL, heads: slice = ALL) -> None:
+        """Add a part, which may not change from now on.
+
+        Args:
+            x: [B, n, h, D] in any dtype, D contiguous.
+            rows: of the tensor, which `x` is of.
+            heads: likewise.
+        """
+        if len(self._parts) == AT_ONCE:
+            if self._so_far is None:
+                self._so_far = self._like.new_empty(self._like.shape, dtype=self._accumulated)
+            add(self._so_far, self._parts)
+            self._parts = [Part(self._so_far)]
+        self._parts.append(Part(x, rows.start or 0, heads.start or 0))
+
+    def result(self) -> Tensor:
+        """All that was added, zeros where nothing was."""
+        out = self._like.new_empty(self._like.shape)
+        add(out, self._parts)
+        return out
+
+
+class Merge:
+    """Attention's output and log-sum-exp from those of blocks, of which the first has all rows."""
+
+    def __init__(self, like: Tensor) -> None:
+        batch, n, heads, _ = like.shape
+        self._like, self._accumulated = like, torch.promote_types(like.dtype, torch.float32)
+        self._lse = like.new_empty((batch, heads, n), dtype=self._accumulated)
+        self._parts: list[Part] = []
+        self._so_far: Tensor | None = None
+        """As a `Sum`'s."""
+
+    def add(self, out: Tensor, lse: Tensor, rows: slice = ALL) -> None:
+        """Fold a block in; what is given may not change from now on.
+
+        Args:
+            out: [B, n, H, D] in any dtype, D contiguous.
+            lse: [B, H, n] in the accumulation dtype, finite.
+            rows: that the block has.
+        """
+        if len(self._parts) == AT_ONCE:
+            if self._so_far is None:
+                self._so_far = self._like.new_empty(self._like.shape, dtype=self._accumulated)
+            merge(self._so_far, self._lse, self._parts)
+            self._parts = [Part(self._so_far, lse=self._lse)]
+        self._parts.append(Part(out, rows.start or 0, lse=lse))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """[B, N, H, D] in the dtype of what it is like, rounded once, and [B, H, N] in the accumulation dtype."""
+        out = self._like.new_empty(self._like.shape)
+        merge(out, self._lse, self._parts)
+        return out, self._lse
+
+
+def add(out: Tensor, parts: Sequence[Part]) -> None:
+    """Put the sum of some parts into `out`, contiguous, in which the first may be."""
+    accumulated = torch.promote_types(out.dtype, torch.float32)
+    if out.is_cuda and accumulated == torch.float32:
         from lhcp.distributed.exchange.merge_kernel import add_in_one_pass
 
-        add_in_one_pass(out, x, y)
+        add_in_one_pass(out, parts)
         return
-    torch.add(x, y, out=out)
+    total = out if out.dtype == accumulated else torch.empty_like(out, dtype=accumulated)
+    if parts[0].x is out:
+        parts = parts[1:]
+    else:
+        total.zero_()
+    for part in parts:
+        total[:, part.rows, part.heads] += part.x
+    if total is not out:
+        out.copy_(total)
+
+
+def merge(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
+    """Put some blocks, the first of all rows, into `out` and `lse`, contiguous, in which the first may be."""
+    accumulated = torch.promote_types(out.dtype, torch.float32)
+    if out.is_cuda and accumulated == torch.float32:
+        from lhcp.distributed.exchange.merge_kernel import merge_in_one_pass
+
+        merge_in_one_pass(out, lse, parts)
+        return
+    first, *others = parts
+    assert first.lse is not None
+    total = first.x.to(accumulated, copy=True)
+    lse.copy_(first.lse)
+    for part in others:
+        assert part.lse is not None
+        before = lse[..., part.rows]
+        after = torch.logaddexp(before, part.lse)
+        total[:, part.rows] *= (before - after).exp().transpose(1, 2).unsqueeze(-1)
+        total[:, part.rows] += part.x * (part.lse - after).exp().transpose(1, 2).unsqueeze(-1)
+        before.copy_(after)
+    out.copy_(total)

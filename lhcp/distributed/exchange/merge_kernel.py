@@ -1,77 +1,106 @@
-"""`merge` and `add` in one pass over the rows."""
+"""`Merge` and `Sum` of float32 in one pass over the rows: each part is read once, the result written once."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lhcp.distributed.exchange.merge import Part
+
 ROWS = 16
-"""Query rows of a program, all of one head."""
+"""Rows of a program, all of one head."""
+
+
+@triton.jit
+def _part(x, place, batch, row, head, d, D: tl.constexpr):
+    """A part's numbers in a program's rows; zeros where it has none."""
+    stride_batch, stride_row, stride_head, first_row, last_row, first_head, last_head = place
+    has = (row >= first_row) & (row < last_row) & (head >= first_head) & (head < last_head)
+    x += batch * stride_batch + (head - first_head) * stride_head
+    rows = x + ((row - first_row) * stride_row)[:, None]
+    return tl.load(rows + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _lse(lse, lse_place, place, batch, row, head):
+    """A block's log-sum-exps in a program's rows; minus infinity where it has none."""
+    stride_batch, stride_head, stride_row = lse_place
+    first_row, last_row = place[3], place[4]
+    at = lse + batch * stride_batch + head * stride_head + (row - first_row) * stride_row
+    return tl.load(at, mask=(row >= first_row) & (row < last_row), other=float("-inf"))
 
 
 @triton.jit
 def _merge_kernel(
-    out, lse, new, new_lse, n, heads,
-    out_batch, out_row, out_head, lse_batch, lse_head, lse_row,
-    new_batch, new_row, new_head, new_lse_batch, new_lse_head, new_lse_row,
+    out, lse, parts, places, lses, lse_places, n, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     row = (tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
     exists = row < n
-    fits = exists[:, None] & (d < D)
-    lse += batch * lse_batch + head * lse_head + row * lse_row
-    new_lse += batch * new_lse_batch + head * new_lse_head + row * new_lse_row
-    out += (batch * out_batch + head * out_head + row * out_row)[:, None] + d
-    new += (batch * new_batch + head * new_head + row * new_row)[:, None] + d
+    d = tl.arange(0, BLOCK_D)[None, :]
 
-    before, other = tl.load(lse, mask=exists, other=0.0), tl.load(new_lse, mask=exists, other=0.0)
-    largest = tl.maximum(before, other)
-    total = largest + tl.log(tl.exp(before - largest) + tl.exp(other - largest))
-    old = tl.load(out, mask=fits, other=0.0) * tl.exp(before - total)[:, None]
-    added = tl.load(new, mask=fits, other=0.0).to(tl.float32) * tl.exp(other - total)[:, None]
-    tl.store(out, old + added, mask=fits)
-    tl.store(lse, total, mask=exists)
+    largest = tl.where(exists, float("-inf"), 0.0)
+    for i in tl.static_range(len(parts)):
+        largest = tl.maximum(largest, _lse(lses[i], lse_places[i], places[i], batch, row, head))
+    scale = tl.where(exists, 0.0, 1.0)
+    for i in tl.static_range(len(parts)):
+        scale += tl.exp(_lse(lses[i], lse_places[i], places[i], batch, row, head) - largest)
+    total = largest + tl.log(scale)
+    result = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i in tl.static_range(len(parts)):
+        weight = tl.exp(_lse(lses[i], lse_places[i], places[i], batch, row, head) - total)
+        result += _part(parts[i], places[i], batch, row, head, d, D) * weight[:, None]
+    tl.store(out + ((batch * n + row) * heads + head)[:, None] * D + d, result, mask=exists[:, None] & (d < D))
+    tl.store(lse + (batch * heads + head) * n + row, total, mask=exists)
 
 
-def merge_in_one_pass(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
-    """`merge` of float32 by a kernel: `out` is read and written once. D must be contiguous."""
+def merge_in_one_pass(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
+    """`Merge` of some parts into `out` and `lse`, both contiguous; the first part may be in them."""
     batch, n, heads, width = out.shape
-    assert out.stride(3) == new.stride(3) == 1
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    lses = tuple(part.lse for part in parts if part.lse is not None)
+    assert len(lses) == len(parts)
     grid = (triton.cdiv(n, ROWS) * heads, batch)
     _merge_kernel[grid](
-        out, lse, new, new_lse, n, heads,
-        *out.stride()[:3], *lse.stride(), *new.stride()[:3], *new_lse.stride(),
+        out, lse, *_arguments(parts), lses, tuple(x.stride() for x in lses), n, heads,
         D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_kernel(
-    out, x, y, n, heads,
-    out_batch, out_row, out_head, x_batch, x_row, x_head, y_batch, y_row, y_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    out, parts, places, n, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     head = (tl.program_id(0) % heads).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    row = (tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = (tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
-    fits = (row < n) & (d < D)
-    first = tl.load(x + batch * x_batch + head * x_head + row * x_row + d, mask=fits).to(tl.float32)
-    second = tl.load(y + batch * y_batch + head * y_head + row * y_row + d, mask=fits).to(tl.float32)
-    tl.store(out + batch * out_batch + head * out_head + row * out_row + d, first + second, mask=fits)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for i in tl.static_range(len(parts)):
+        total += _part(parts[i], places[i], batch, row, head, d, D)
+    tl.store(out + ((batch * n + row) * heads + head)[:, None] * D + d, total, mask=(row < n)[:, None] & (d < D))
 
 
-def add_in_one_pass(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """`add` in float32 by a kernel; PyTorch's own, of two dtypes, does not reach the memory's bandwidth."""
+def add_in_one_pass(out: Tensor, parts: Sequence[Part]) -> None:
+    """`Sum` of some parts into `out`, which is contiguous; the first part may be in it."""
     batch, n, heads, width = out.shape
-    assert out.shape == x.shape == y.shape
-    assert out.stride(3) == x.stride(3) == y.stride(3) == 1
+    assert out.is_contiguous()
     grid = (triton.cdiv(n, ROWS) * heads, batch)
     _add_kernel[grid](
-        out, x, y, n, heads, *out.stride()[:3], *x.stride()[:3], *y.stride()[:3],
-        D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
+        out, *_arguments(parts), n, heads, D=width, BLOCK_D=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4
+    )
+
+
+def _arguments(parts: Sequence[Part]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, ...], ...]]:
+    """The parts' tensors; and of each its strides, and the rows and heads that it has."""
+    assert all(part.x.stride(3) == 1 for part in parts)
+    places = [
+        (*part.x.stride()[:3], part.rows.start, part.rows.stop, part.heads.start, part.heads.stop) for part in parts
+    ]
+    return tuple(part.x for part in parts), tuple(places)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lhcp.config import BlockBackendName
 from lhcp.distributed.communicator import Communicator
 from lhcp.distributed.exchange.block import block_backend
-from lhcp.distributed.exchange.merge import add, merge
+from lhcp.distributed.exchange.merge import Merge, Sum
 from lhcp.distributed.link import Transfer
 from lhcp.distributed.sharding import ChunkLayout
 
@@ -66,8 +65,8 @@ class RingExchange:
 
         coming, transfers = self._keys(1, (k, v))
         link.post(*transfers)
-        first, lse = block.forward(q, k, v, causal=True)
-        out = first.to(torch.promote_types(q.dtype, torch.float32))
+        merge = Merge(q)
+        merge.add(*block.forward(q, k, v, causal=True))
         link.wait()
         for step in range(1, world):
             kv = coming
@@ -76,34 +75,42 @@ class RingExchange:
                 link.post(*transfers)
             if kv is not None:
                 rows = self._rows(step, q)
-                merge(out[:, rows], lse[..., rows], *block.forward(q[:, rows], kv[0], kv[1], causal=False))
+                merge.add(*block.forward(q[:, rows], kv[0], kv[1], causal=False), rows)
             if step < world - 1:
                 link.wait()
-        return out.to(q.dtype), lse
+        return merge.result()
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange.backward`."""
         block = block_backend(self._backend, q)
-        link, world, dtype = self._communicator.link(), self._layout.world, torch.promote_types(q.dtype, torch.float32)
+        link, world = self._communicator.link(), self._layout.world
         grad, k, v = grad.contiguous(), k.contiguous(), v.contiguous()
         groups, share = k.shape[2], q.shape[2] // k.shape[2]
         half = max(1, groups // 2)
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
+        dq, dk, dv = Sum(q), Sum(k), Sum(v)
 
-        def diagonal(some: slice) -> tuple[Tensor, Tensor, Tensor]:
+        def diagonal(some: slice) -> None:
             """Of some groups of heads."""
             heads = slice(some.start * share, some.stop * share)
-            return block.backward(
+            gradients = block.backward(
                 grad[:, :, heads], q[:, :, heads], k[:, :, some], v[:, :, some], out[:, :, heads],
                 lse[:, heads].contiguous(), causal=True,
             )  # fmt: skip
+            for total, x, place in zip((dq, dk, dv), gradients, (heads, some, some), strict=True):
+                total.add(x, heads=place)
+
+        def arrived(step: int, gradients: Pair | None) -> None:
+            """Of what was sent for a step."""
+            seen = self._seen(step, k.shape[1])
+            if seen is not None and gradients is not None:
+                dk.add(gradients[0], seen.keys)
+                dv.add(gradients[1], seen.keys)
 
         coming, transfers = self._keys(1, (k, v))
         link.post(*transfers)
-        early, late = slice(0, half), slice(half, groups)
-        own = [(early, diagonal(early))]
+        diagonal(slice(0, half))
         link.wait()
         returning: Pair | None = None
         found: Pair | None = None  # gradients of the keys and values of the last step
@@ -121,26 +128,21 @@ class RingExchange:
                 dq_, dk_, dv_ = block.backward(
                     grad[:, rows], q[:, rows], kv[0], kv[1], out[:, rows], lse[..., rows].contiguous(), causal=False
                 )
-                add(dq[:, rows], dq[:, rows], dq_)
+                dq.add(dq_, rows)
                 found = dk_, dv_
             if transfers:
                 link.wait()
             if step > 1:
-                _accumulate(self._sent(step - 1, (dk, dv)), returning)
+                arrived(step - 1, returning)
             kv = returning = None
         transfers = []
         returning = self._gradients(world - 1, found, (k, v), transfers)
         link.post(*transfers)
         if half < groups:
-            own.append((late, diagonal(late)))
+            diagonal(slice(half, groups))
         link.wait()
-        _accumulate(self._sent(world - 1, (dk, dv)), returning)
-        results = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        for some, parts in own:
-            heads = slice(some.start * share, some.stop * share)
-            for result, sums, part, place in zip(results, (dq, dk, dv), parts, (heads, some, some), strict=True):
-                add(result[:, :, place], sums[:, :, place], part)
-        return results
+        arrived(world - 1, returning)
+        return dq.result(), dk.result(), dv.result()
 
     def _keys(self, step: int, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
         """Where the keys and values of a step come, and the transfers that bring them."""
@@ -166,7 +168,10 @@ class RingExchange:
 
     def _sent(self, step: int, kv: Pair) -> Pair | None:
         """What the rank `step` places on sees of this rank's."""
-        return _visible(self._block(self._communicator.rank + step, step, kv[0].shape[1]), kv)
+        return _visible(self._seen(step, kv[0].shape[1]), kv)
+
+    def _seen(self, step: int, length: int) -> Block | None:
+        return self._block(self._communicator.rank + step, step, length)
 
     def _block(self, rank: int, step: int, length: int) -> Block | None:
         return visible_block(self._layout, rank % self._layout.world, (rank - step) % self._layout.world, length)
@@ -183,9 +188,3 @@ def _buffers(like: Pair | None) -> Pair | None:
 def _transfers(places: int, send: Pair | None, receive: Pair | None) -> list[Transfer]:
     pairs = zip(send or (None, None), receive or (None, None), strict=True)
     return [Transfer(places, None if x is None else x.contiguous(), y) for x, y in pairs]
-
-
-def _accumulate(sums: Pair | None, new: Pair | None) -> None:
-    if sums is not None and new is not None:
-        for into, x in zip(sums, new, strict=True):
-            add(into, into, x)
