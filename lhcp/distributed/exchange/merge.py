@@ -1,6 +1,6 @@
 """Blocks of one row's attention become one, by their log-sum-exps, and so do the gradients of blocks, by addition.
 
-What is added is held until `AT_ONCE` parts are there, which a GPU then reads in one pass.
+Parts are held until there are `AT_ONCE`, which a GPU then reads in one pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 5
-"""Parts held at most, without another that is about to be added. Four ranks have no more, of gradients."""
+"""Parts held at most. Over four ranks a gradient has no more."""
 ALL = slice(None)
 
 

@@ -51,7 +51,7 @@ class RingExchange:
 
     In forward rank r of W sends (W - 1 + r) / 2 times its k and v under zigzag, W - 1 - r times where contiguous; in
     backward as much again, and gradients of what it was sent, in k's dtype. At most two ranks' keys and values are held
-    besides its own.
+    besides its own, and gradients of five blocks.
     """
 
     def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
@@ -103,10 +103,11 @@ class RingExchange:
 
         def arrived(step: int, gradients: Pair | None) -> None:
             """Of what was sent for a step."""
-            seen = self._seen(step, k.shape[1])
-            if seen is not None and gradients is not None:
-                dk.add(gradients[0], seen.keys)
-                dv.add(gradients[1], seen.keys)
+            if gradients is not None:
+                seen = self._seen(step, k.shape[1])
+                assert seen is not None
+                for total, x in zip((dk, dv), gradients, strict=True):
+                    total.add(x, seen.keys)
 
         coming, transfers = self._keys(1, (k, v))
         link.post(*transfers)
