@@ -156,14 +156,12 @@ def test_blocks_are_merged_as_plain_pytorch_does(width: int, count: int) -> None
     exact = [Part(x.x.double(), x.row, lse=x.lse.double()) for x in parts if x.lse is not None]
     expected = [torch.empty(batch, *of, device=DEVICE).double() for of in ((n, heads, width), (heads, n))]
     merge(*expected, exact)
-    # Apart from the parts, and in the first of them.
-    out, lse = (torch.empty_like(x, dtype=torch.float32) for x in expected)
-    into = Part(torch.empty_like(out).copy_(parts[0].x), lse=parts[0].lse)
-    assert into.lse is not None
-    merge_in_one_pass(out, lse, parts)
-    merge_in_one_pass(into.x, into.lse, [into, *parts[1:]])
-    for values in ((out, lse), (into.x, into.lse)):
-        for value, reference_value in zip(values, expected, strict=True):
+    apart = torch.empty(batch, n, heads, width, device=DEVICE)
+    first = Part(torch.empty_like(apart).copy_(parts[0].x), lse=parts[0].lse)
+    for out, merged in ((apart, parts), (first.x, [first, *parts[1:]])):  # apart from the parts, and in the first
+        lse = torch.empty(batch, heads, n, device=DEVICE)
+        merge_in_one_pass(out, lse, merged)
+        for value, reference_value in zip((out, lse), expected, strict=True):
             torch.testing.assert_close(value.double(), reference_value, rtol=1e-5, atol=1e-6)
 
 

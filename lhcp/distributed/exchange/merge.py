@@ -78,9 +78,7 @@ class Merge:
     """Attention's output and log-sum-exp from those of blocks, of which the first has all rows."""
 
     def __init__(self, like: Tensor) -> None:
-        batch, n, heads, _ = like.shape
         self._like, self._accumulated = like, torch.promote_types(like.dtype, torch.float32)
-        self._lse = like.new_empty((batch, heads, n), dtype=self._accumulated)
         self._parts: list[Part] = []
         self._so_far: Tensor | None = None
         """As a `Sum`'s."""
@@ -96,15 +94,20 @@ class Merge:
         if len(self._parts) == AT_ONCE:
             if self._so_far is None:
                 self._so_far = self._like.new_empty(self._like.shape, dtype=self._accumulated)
-            merge(self._so_far, self._lse, self._parts)
-            self._parts = [Part(self._so_far, lse=self._lse)]
+            self._parts = [Part(self._so_far, lse=self._merged(self._so_far))]
         self._parts.append(Part(out, rows.start or 0, lse=lse))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """[B, N, H, D] in the dtype of what it is like, rounded once, and [B, H, N] in the accumulation dtype."""
         out = self._like.new_empty(self._like.shape)
-        merge(out, self._lse, self._parts)
-        return out, self._lse
+        return out, self._merged(out)
+
+    def _merged(self, out: Tensor) -> Tensor:
+        """Put the output into `out`; the log-sum-exp, in a tensor of its own."""
+        batch, n, heads, _ = out.shape
+        lse = out.new_empty((batch, heads, n), dtype=self._accumulated)
+        merge(out, lse, self._parts)
+        return lse
 
 
 def add(out: Tensor, parts: Sequence[Part]) -> None:
@@ -127,7 +130,7 @@ def add(out: Tensor, parts: Sequence[Part]) -> None:
 
 
 def merge(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
-    """Put some blocks, the first of all rows, into `out` and `lse`, contiguous, in which the first may be."""
+    """Put some blocks, the first of all rows, into `out` and `lse`, contiguous. The first's output may be in `out`."""
     accumulated = torch.promote_types(out.dtype, torch.float32)
     if out.is_cuda and accumulated == torch.float32:
         from lhcp.distributed.exchange.merge_kernel import merge_in_one_pass

@@ -60,12 +60,16 @@ def _merge_kernel(
 
 
 def merge_in_one_pass(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
-    """`Merge` of some parts into `out` and `lse`, both contiguous; the first part may be in them."""
+    """`Merge` of some parts into `out` and `lse`, both contiguous.
+
+    The first part may be in `out`, each number of which one thread reads and writes; not in `lse`, which others read.
+    """
     batch, n, heads, width = out.shape
     assert out.is_contiguous()
     assert lse.is_contiguous()
     lses = tuple(part.lse for part in parts if part.lse is not None)
     assert len(lses) == len(parts)
+    assert all(x is not lse for x in lses)
     grid = (triton.cdiv(n, ROWS) * heads, batch)
     _merge_kernel[grid](
         out, lse, *_arguments(parts), lses, tuple(x.stride() for x in lses), n, heads,
