@@ -125,6 +125,9 @@ def _fit(plan: Plan) -> Iterator[str]:
     if best is None:
         yield "No setting of `memory` makes it fit: raise parallel.cp, lower micro_batch_size, or take larger GPUs."
         return
+    if plan.fits and f"{best.hours:.4g}" == f"{plan.hours:.4g}":
+        yield "Nothing that fits takes less time."
+        return
     hours = f"{best.hours:,.4g} hours" + (f" instead of {plan.hours:,.4g}" if plan.fits else "")
     yield f"Fastest that fits: {hours}, {_gib(best.peak)} GiB on a GPU, {_gib(best.host)} pinned"
     yield f"  {best.arguments}"

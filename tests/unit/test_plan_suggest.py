@@ -64,6 +64,8 @@ def test_the_suggestion_fits_and_nothing_that_fits_is_faster() -> None:
         assert followed.fits
         assert followed.hours == pytest.approx(found.suggestion.hours)
         assert followed.settings == found.suggestion.settings
+        assert "Nothing that fits takes less time." in show(followed)
+        assert found.fits or f"  {found.suggestion.arguments}" in show(found)
         chosen.add((found.suggestion.settings.recompute, found.suggestion.settings.offload_layers > 0))
     assert {"none", "selective", "full"} <= {mode for mode, _ in chosen}
     assert any(offloaded for _, offloaded in chosen)
