@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 5
-"""Parts held at most. Over four ranks a gradient has no more."""
+"""Parts held at most, but for another that is about to be added. Over four ranks a gradient has no more."""
 ALL = slice(None)
 
 
@@ -24,7 +24,7 @@ class Part:
         x: [B, n, h, D] in any dtype, D contiguous.
         row: of the tensor, where `x` begins.
         head: likewise.
-        lse: of attention's output, its log-sum-exp [B, h, n]; finite.
+        lse: of attention's output, with all its heads, the log-sum-exp [B, H, n]; finite.
     """
 
     x: Tensor
@@ -119,7 +119,7 @@ def add(out: Tensor, parts: Sequence[Part]) -> None:
         add_in_one_pass(out, parts)
         return
     total = out if out.dtype == accumulated else torch.empty_like(out, dtype=accumulated)
-    if parts[0].x is out:
+    if total is out and parts and parts[0].x is out:
         parts = parts[1:]
     else:
         total.zero_()

@@ -18,7 +18,8 @@ ROWS = 16
 def _part(x, place, batch, row, head, d, D: tl.constexpr):
     """A part's numbers in a program's rows; zeros where it has none."""
     stride_batch, stride_row, stride_head, first_row, last_row, first_head, last_head = place
-    has = (row >= first_row) & (row < last_row) & (head >= first_head) & (head < last_head)
+    last_row = tl.where((head >= first_head) & (head < last_head), last_row, first_row)
+    has = (row >= first_row) & (row < last_row)
     x += batch * stride_batch + (head - first_head) * stride_head
     rows = x + ((row - first_row) * stride_row)[:, None]
     return tl.load(rows + d, mask=has[:, None] & (d < D), other=0.0).to(tl.float32)
@@ -50,19 +51,18 @@ def _merge_kernel(
     scale = tl.where(exists, 0.0, 1.0)
     for i in tl.static_range(len(parts)):
         scale += tl.exp(_lse(lses[i], lse_places[i], places[i], batch, row, head) - largest)
-    total = largest + tl.log(scale)
     result = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for i in tl.static_range(len(parts)):
-        weight = tl.exp(_lse(lses[i], lse_places[i], places[i], batch, row, head) - total)
+        weight = tl.exp(_lse(lses[i], lse_places[i], places[i], batch, row, head) - largest) / scale
         result += _part(parts[i], places[i], batch, row, head, d, D) * weight[:, None]
     tl.store(out + ((batch * n + row) * heads + head)[:, None] * D + d, result, mask=exists[:, None] & (d < D))
-    tl.store(lse + (batch * heads + head) * n + row, total, mask=exists)
+    tl.store(lse + (batch * heads + head) * n + row, largest + tl.log(scale), mask=exists)
 
 
 def merge_in_one_pass(out: Tensor, lse: Tensor, parts: Sequence[Part]) -> None:
     """`Merge` of some parts into `out` and `lse`, both contiguous.
 
-    The first part may be in `out`, each number of which one thread reads and writes; not in `lse`, which others read.
+    The first part may be in `out`: what is written comes from what was read there. Not in `lse`, which is read thrice.
     """
     batch, n, heads, width = out.shape
     assert out.is_contiguous()

@@ -101,6 +101,14 @@ class RingExchange:
             for total, x, place in zip((dq, dk, dv), gradients, (heads, some, some), strict=True):
                 total.add(x, heads=place)
 
+        def step_back(rows: slice, kv: Pair) -> Pair:
+            """Of these queries and another rank's keys and values, whose gradients are returned."""
+            dq_, dk_, dv_ = block.backward(
+                grad[:, rows], q[:, rows], kv[0], kv[1], out[:, rows], lse[..., rows].contiguous(), causal=False
+            )
+            dq.add(dq_, rows)
+            return dk_.contiguous(), dv_.contiguous()  # as they are sent
+
         def arrived(step: int, gradients: Pair | None) -> None:
             """Of what was sent for a step."""
             if gradients is not None:
@@ -125,12 +133,7 @@ class RingExchange:
                 link.post(*transfers)
             found = None
             if kv is not None:
-                rows = self._rows(step, q)
-                dq_, dk_, dv_ = block.backward(
-                    grad[:, rows], q[:, rows], kv[0], kv[1], out[:, rows], lse[..., rows].contiguous(), causal=False
-                )
-                dq.add(dq_, rows)
-                found = dk_, dv_
+                found = step_back(self._rows(step, q), kv)
             if transfers:
                 link.wait()
             if step > 1:
