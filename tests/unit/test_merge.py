@@ -15,14 +15,12 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 @pytest.fixture(params=[1, 2, 5, 100])
-def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "AT_ONCE", request.param)
-    assert isinstance(request.param, int)
-    return request.param
 
 
 def blocks(dtype: torch.dtype, rows: slice, heads: slice, *of: int) -> Tensor:
-    """[BLOCKS, B, n, h, D], one generator for all."""
+    """Random normal: [BLOCKS, B, n, h, ...]."""
     n, h = len(range(ROWS)[rows]), len(range(HEADS)[heads])
     return torch.randn(BLOCKS, BATCH, n, h, *of, generator=torch.Generator().manual_seed(n + h)).to(dtype)
 
