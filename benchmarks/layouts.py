@@ -2,11 +2,12 @@
 
     python -m benchmarks.layouts CONFIG --ranks 8 --out FILE.json [--set KEY=VALUE ...]
 
-Each layout, `parallel.dp` times `parallel.cp`, is an ordinary run under torchrun. In float64 losses and gradient norms
-must be the same (AdamW hides from the losses a factor that all gradients have in common). In another dtype losses may
-stray from float64 twice as far as those of one process do: evidence beside that proof, since a selection that rounding
-flips makes another curve, most of all at a high learning rate. Exit codes: 0 done, 1 a layout computes something else
-or a run failed, 2 something that the user can correct.
+Each layout, `parallel.dp` times `parallel.cp`, is an ordinary run under torchrun. Its losses and gradient norms (AdamW
+hides from the losses a factor that all gradients have in common) must be those of one process in float64: the same in
+float64, and in another dtype as close as rounding leaves them while a run is calm. Where losses jump, or gradients are
+much clipped, rounding soon makes another curve of one process, too, and there is nothing to compare: take a lower
+learning rate. Exit codes: 0 done, 1 a layout computes something else or a run failed, 2 something that the user can
+correct.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import layer as layers
 from benchmarks.common import Record, environment, make_way, table, write_json
 from lhcp import config_file
 from lhcp.checks import check_data
@@ -30,14 +30,15 @@ from lhcp.launch import torchrun
 from lhcp.metrics import read_metrics, tell
 
 NAME = "layouts"
-TOLERANCE = 1e-9
-"""Largest relative difference of two losses, or two gradient norms, in float64."""
-HEADER = ["dtype", "dp", "cp", "steps", "loss, first", "last", "grad norm, last", "error", "at most"]
-NOTE = (
-    "A run against one process in float64. In float64 the error is the largest relative difference of a loss or a "
-    "gradient norm; else the root mean square of the differences of losses, nats, in brackets in that of one process "
-    f"of the same dtype, of which {layers.ROUNDING:g} are allowed."
-)
+TOLERANCES = {
+    "float64": {"losses": 1e-9, "grad_norms": 1e-9},
+    "float32": {"losses": 1e-4, "grad_norms": 1e-3},
+    "bfloat16": {"losses": 2**-8, "grad_norms": 2**-5},
+}
+"""Largest relative differences from float64. Calm runs of 15 steps had at most 4e-16 and 2e-14 in float64, 2e-6 and 5e-5
+in float32, 1.8e-3 and 1.8e-2 in bfloat16, of one process as of two."""
+HEADER = ["dtype", "dp", "cp", "steps", "loss", "last", "error", "at most", "grad norm, last", "error", "at most"]
+NOTE = "A run against one process in float64: the largest relative difference of a loss, and of a gradient norm."
 Curve = dict[str, list[float]]
 """`losses` and `grad_norms` by step; not a number where one was not finite."""
 
@@ -64,16 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(path: Path, overrides: Sequence[str], ranks: int, out: Path) -> int:
     if ranks < 2:
         raise ConfigError(f"--ranks {ranks}: must be at least 2")
-    layouts = [(ranks // cp, cp) for cp in range(1, ranks + 1) if ranks % cp == 0]
-    configs = [_at(path, overrides, dp, cp) for dp, cp in [(1, 1), *layouts]]
+    shapes = [(1, 1), *((ranks // cp, cp) for cp in range(1, ranks + 1) if ranks % cp == 0)]
+    configs = [_at(path, overrides, dp, cp) for dp, cp in shapes]
     check_data(configs[0])
     make_way(out)
     dtype = configs[0].activation_dtype
+    if dtype == "float64":
+        shapes = shapes[1:]
     with tempfile.TemporaryDirectory(prefix="layouts-") as folder:
         exact = _curve(path, [*overrides, "dtype=float64", "compute_dtype=null"], 1, 1, Path(folder) / "exact")
-        found = [] if dtype == "float64" else [_curve(path, overrides, 1, 1, Path(folder) / "alone")]
-        found += [_curve(path, overrides, dp, cp, Path(folder) / f"{dp}x{cp}") for dp, cp in layouts]
-    shapes = layouts if dtype == "float64" else [(1, 1), *layouts]
+        found = [_curve(path, overrides, dp, cp, Path(folder) / f"{dp}x{cp}") for dp, cp in shapes]
     result: Record = {
         "benchmark": NAME,
         "config": configs[0].model_dump(mode="json"),
@@ -83,8 +84,8 @@ def _main(path: Path, overrides: Sequence[str], ranks: int, out: Path) -> int:
     }
     write_json(out, result)
     print(table(HEADER, rows(result)), end="")
-    if not result["passed"]:
-        tell("a layout does not compute what one process does")
+    if problem := complaint(result):
+        tell(problem)
     return 0 if result["passed"] else 1
 
 
@@ -114,44 +115,51 @@ def judged(dtype: str, exact: Curve, shapes: Sequence[tuple[int, int]], found: S
     Args:
         dtype: that runs compute in.
         exact: of one process in float64.
-        shapes: dp and cp of the runs; first those of one process, if that computes in another dtype.
+        shapes: dp and cp of the runs.
         found: of these runs.
 
     Returns:
-        `passed`, `tolerance`, and for each run `dp`, `cp`, its curve and its `error`.
+        `passed`, `tolerances`, and for each run `dp`, `cp`, its curve and its `errors`.
     """
-    error = _largest_relative if dtype == "float64" else _root_mean_square
+    tolerances = TOLERANCES[dtype]
     runs: list[Record] = [
-        {"dp": dp, "cp": cp, **curve, "error": error(curve, exact)}
+        {"dp": dp, "cp": cp, **curve, "errors": {name: _error(curve[name], exact[name]) for name in tolerances}}
         for (dp, cp), curve in zip(shapes, found, strict=True)
     ]
-    tolerance = TOLERANCE if dtype == "float64" else layers.ROUNDING * runs[0]["error"]
-    return {"passed": all(run["error"] <= tolerance for run in runs), "tolerance": tolerance, "runs": runs}
+    passed = all(_close(run, tolerances) for run in runs)
+    return {"passed": passed, "tolerances": tolerances, "runs": runs}
 
 
-def _largest_relative(curve: Curve, exact: Curve) -> float:
-    """Not a number where one of them is not."""
-    relative = [abs(a - b) / abs(b) for name in exact for a, b in zip(curve[name], exact[name], strict=True)]
-    return float(np.max(relative))
+def _error(values: Sequence[float], exact: Sequence[float]) -> float:
+    """The largest relative difference; not a number where a value is not."""
+    return float(np.max([abs(a - b) / abs(b) for a, b in zip(values, exact, strict=True)]))
 
 
-def _root_mean_square(curve: Curve, exact: Curve) -> float:
-    squares = [(a - b) ** 2 for a, b in zip(curve["losses"], exact["losses"], strict=True)]
-    return math.sqrt(sum(squares) / len(squares))
+def complaint(result: Record) -> str | None:
+    """What did not pass."""
+    if result["passed"]:
+        return None
+    alone = result["runs"][0]
+    if alone["dp"] * alone["cp"] == 1 and not _close(alone, result["tolerances"]):
+        return "one process strays from its own curve in float64, so nothing can be compared; take a lower optim.lr"
+    return "a layout does not compute what one process does"
+
+
+def _close(run: Record, tolerances: Mapping[str, float]) -> bool:
+    """Also where an error is not a number it is not."""
+    return all(run["errors"][name] <= most for name, most in tolerances.items())
 
 
 def rows(result: Record) -> list[list[str]]:
     """Lines of the table under `HEADER`."""
-    dtype, tolerance = result["environment"]["dtype"], result["tolerance"]
-    one = tolerance / layers.ROUNDING if dtype != "float64" else 0.0
+    most = {name: f"{tolerance:.1e}" for name, tolerance in result["tolerances"].items()}
     return [
         [
-            *(dtype, str(run["dp"]), str(run["cp"]), str(len(run["losses"]))),
-            f"{run['losses'][0]:.4f}",
-            f"{run['losses'][-1]:.4f}",
+            *(result["environment"]["dtype"], str(run["dp"]), str(run["cp"]), str(len(run["losses"]))),
+            *(f"{run['losses'][0]:.4f}", f"{run['losses'][-1]:.4f}"),
+            *(f"{run['errors']['losses']:.1e}", most["losses"]),
             f"{run['grad_norms'][-1]:.4f}",
-            f"{run['error']:.1e}" + (f" ({run['error'] / one:.2f})" if one else ""),
-            f"{tolerance:.1e}",
+            *(f"{run['errors']['grad_norms']:.1e}", most["grad_norms"]),
         ]
         for run in result["runs"]
     ]

@@ -137,7 +137,7 @@ else
     lengths=(1m 512k 256k 98k)
     text=("$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))')")
     layouts="launch/configs/small/base.yaml --set seq_len=4096 --set attention.topk=96 --set stages.0.steps=10
-        --set stages.1.steps=5 --set compile=false"
+        --set stages.1.steps=5 --set optim.lr=1e-4 --set compile=false"
     dtypes=(float64 bfloat16)
     step="launch/configs/one-gpu/1m.yaml --modes lighthouse --steps 12"
     repeats=3 batch=8

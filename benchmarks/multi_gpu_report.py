@@ -109,7 +109,8 @@ def _read(
         try:
             result = json.loads(path.read_bytes())
             if not result.get("check", result)["passed"]:
-                problems[f"{kind}/{name}"] = f"{path.name}: not what one process computes"
+                what = layouts.complaint(result) if kind == "layouts" else "not what one process computes"
+                problems[f"{kind}/{name}"] = f"{path.name}: {what}"
                 continue
             rows(result)
             setting(result["environment"])
@@ -147,10 +148,11 @@ def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
     for (dtype, cp), ratio in sorted(ratios.items()):
         yield f"One layer in {dtype} over {cp} ranks: errors at most {ratio:.2f} times those of one process."
     for result in curves.values():
-        error = max(run["error"] for run in result["runs"] if run["dp"] * run["cp"] > 1)
+        of_several = [run["errors"] for run in result["runs"] if run["dp"] * run["cp"] > 1]
+        losses, norms = (max(errors[name] for errors in of_several) for name in ("losses", "grad_norms"))
         yield (
-            f"Runs in {result['environment']['dtype']} at every layout of {result['environment']['ranks']} ranks: "
-            f"errors at most {error:.1e}, of {result['tolerance']:.1e} allowed."
+            f"Runs in {result['environment']['dtype']} at every layout of {result['environment']['ranks']} ranks, "
+            f"against one process in float64: losses within {losses:.1e}, gradient norms within {norms:.1e}."
         )
     for result in _measured(scaling):
         config, both = result["config"], "forward_backward"
