@@ -35,8 +35,8 @@ TOLERANCES = {
     "float32": {"losses": 1e-4, "grad_norms": 1e-3},
     "bfloat16": {"losses": 2**-8, "grad_norms": 2**-5},
 }
-"""Largest relative differences from float64. In calm runs of 15 steps, of one process as of two, they were at most 4e-16
-and 2e-14 in float64, 2e-6 and 5e-5 in float32, 1.8e-3 and 1.8e-2 in bfloat16."""
+"""Largest relative differences from float64. Of calm runs of 15 steps, by one process as by two, they were at most
+4e-16 and 2e-14 in float64, 2e-6 and 5e-5 in float32, 1.8e-3 and 1.8e-2 in bfloat16."""
 HEADER = ["dtype", "dp", "cp", "steps", "loss", "last", "error", "at most", "grad norm, last", "error", "at most"]
 NOTE = "A run against one process in float64: the largest relative difference of a loss, and of a gradient norm."
 Curve = dict[str, list[float]]

@@ -3,11 +3,14 @@
 At step i a rank has the keys and values of rank r - i. They come straight from it, not from rank to rank, so only what
 is visible travels, and their gradient goes straight back to it, which sums in the accumulation dtype what comes. Step 0
 is the diagonal block, so every query row has a finite log-sum-exp before blocks are merged. In backward half its heads
-come first, beside the first keys and values, and half last, beside the last gradients.
+come first, beside the first keys and values, and half last, beside the last gradients. Between, steps are taken
+`TOGETHER`: a GPU, and its host, do fewer and larger blocks in less time.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +21,9 @@ from lhcp.distributed.exchange.block import block_backend
 from lhcp.distributed.exchange.merge import Merge, Sum
 from lhcp.distributed.link import Transfer
 from lhcp.distributed.sharding import ChunkLayout
+
+TOGETHER = 2
+"""Steps, but for the first: only half a diagonal block is beside what it brings."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, or the gradients of both."""
@@ -46,37 +52,56 @@ def visible_block(layout: ChunkLayout, rank: int, source: int, length: int) -> B
     return Block(slice(length // 2, length), everything)
 
 
+@dataclass(frozen=True)
+class Received:
+    """Keys and values that the same queries see, of m tokens of each of some ranks.
+
+    Attributes:
+        steps: at which they are seen.
+        queries: that see them.
+        k: [len(steps), B, m, G, D].
+        v: likewise.
+    """
+
+    steps: Sequence[int]
+    queries: slice
+    k: Tensor
+    v: Tensor
+
+
 class RingExchange:
     """Causal attention over shards by point-to-point transfers of visible keys and values.
 
     In forward rank r of W sends (W - 1 + r) / 2 times its k and v under zigzag, W - 1 - r times where contiguous; in
-    backward as much again, and gradients of what it was sent, in k's dtype. At most two ranks' keys and values are held
-    besides its own, and gradients of five blocks.
+    backward as much again, and gradients of what it was sent, in k's dtype. At most four ranks' keys and values are
+    held besides its own, and gradients of nine blocks.
     """
 
     def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
         self._communicator, self._layout, self._backend = communicator, layout, backend
+        later = range(2, layout.world)
+        self._groups = [range(1, 2), *(later[i : i + TOGETHER] for i in range(0, len(later), TOGETHER))]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Exchange.forward`."""
         block = block_backend(self._backend, q)
-        link, world = self._communicator.link(), self._layout.world
+        link = self._communicator.link()
         k, v = k.contiguous(), v.contiguous()
 
-        coming, transfers = self._keys(1, (k, v))
+        coming, transfers = self._keys(self._groups[0], (k, v))
         link.post(*transfers)
         merge = Merge(q)
         merge.add(*block.forward(q, k, v, causal=True))
         link.wait()
-        for step in range(1, world):
-            kv = coming
-            if step < world - 1:
-                coming, transfers = self._keys(step + 1, (k, v))
+        for following in (*self._groups[1:], None):
+            here = coming
+            if following:
+                coming, transfers = self._keys(following, (k, v))
                 link.post(*transfers)
-            if kv is not None:
-                rows = self._rows(step, q)
-                merge.add(*block.forward(q[:, rows], kv[0], kv[1], causal=False), rows)
-            if step < world - 1:
+            for of in here:
+                out, lse = block.forward(q[:, of.queries], _joined(of.k), _joined(of.v), causal=False)
+                merge.add(out, lse, of.queries)
+            if following:
                 link.wait()
         return merge.result()
 
@@ -85,7 +110,7 @@ class RingExchange:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange.backward`."""
         block = block_backend(self._backend, q)
-        link, world = self._communicator.link(), self._layout.world
+        link = self._communicator.link()
         grad, k, v = grad.contiguous(), k.contiguous(), v.contiguous()
         groups, share = k.shape[2], q.shape[2] // k.shape[2]
         half = max(1, groups // 2)
@@ -101,78 +126,81 @@ class RingExchange:
             for total, x, place in zip((dq, dk, dv), gradients, (heads, some, some), strict=True):
                 total.add(x, heads=place)
 
-        def step_back(rows: slice, kv: Pair) -> Pair:
-            """Of these queries and another rank's keys and values, whose gradients are returned."""
+        def step_back(of: Received) -> dict[int, Pair]:
+            """Gradients of keys and values, by step."""
+            rows = of.queries
             dq_, dk_, dv_ = block.backward(
-                grad[:, rows], q[:, rows], kv[0], kv[1], out[:, rows], lse[..., rows].contiguous(), causal=False
-            )
+                grad[:, rows], q[:, rows], _joined(of.k), _joined(of.v), out[:, rows], lse[..., rows].contiguous(),
+                causal=False,
+            )  # fmt: skip
             dq.add(dq_, rows)
-            return dk_.contiguous(), dv_.contiguous()  # as they are sent
+            steps = len(of.steps)
+            return dict(zip(of.steps, zip(_divided(dk_, steps), _divided(dv_, steps), strict=True), strict=True))
 
-        def arrived(step: int, gradients: Pair | None) -> None:
-            """Of what was sent for a step."""
-            if gradients is not None:
+        def arrived(gradients: Mapping[int, Pair]) -> None:
+            """Of what was sent, by step."""
+            for step, pair in gradients.items():
                 seen = self._seen(step, k.shape[1])
                 assert seen is not None
-                for total, x in zip((dk, dv), gradients, strict=True):
+                for total, x in zip((dk, dv), pair, strict=True):
                     total.add(x, seen.keys)
 
-        coming, transfers = self._keys(1, (k, v))
+        coming, transfers = self._keys(self._groups[0], (k, v))
         link.post(*transfers)
         diagonal(slice(0, half))
         link.wait()
-        returning: Pair | None = None
-        found: Pair | None = None  # gradients of the keys and values of the last step
-        for step in range(1, world):
-            kv, coming, transfers = coming, None, []
-            if step < world - 1:
-                coming, transfers = self._keys(step + 1, (k, v))
-            if step > 1:
-                returning = self._gradients(step - 1, found, (k, v), transfers)
+        found: dict[int, Pair] = {}  # gradients of the keys and values of the steps before
+        before: Sequence[int] = ()
+        for steps, following in itertools.zip_longest(self._groups, self._groups[1:]):
+            here, coming, transfers = coming, [], []
+            if following:
+                coming, transfers = self._keys(following, (k, v))
+            returning, sends = self._gradients(before, found, (k, v))
+            transfers += sends
             if transfers:
                 link.post(*transfers)
-            found = None
-            if kv is not None:
-                found = step_back(self._rows(step, q), kv)
+            found, before = {}, steps
+            while here:
+                found |= step_back(here.pop(0))
             if transfers:
                 link.wait()
-            if step > 1:
-                arrived(step - 1, returning)
-            kv = returning = None
-        transfers = []
-        returning = self._gradients(world - 1, found, (k, v), transfers)
+            arrived(returning)
+        returning, transfers = self._gradients(before, found, (k, v))
         link.post(*transfers)
         if half < groups:
             diagonal(slice(half, groups))
         link.wait()
-        arrived(world - 1, returning)
+        arrived(returning)
         return dq.result(), dk.result(), dv.result()
 
-    def _keys(self, step: int, kv: Pair) -> tuple[Pair | None, list[Transfer]]:
-        """Where the keys and values of a step come, and the transfers that bring them."""
-        coming = _buffers(self._received(step, kv))
-        return coming, _transfers(step, self._sent(step, kv), coming)
+    def _keys(self, steps: Sequence[int], kv: Pair) -> tuple[list[Received], list[Transfer]]:
+        """Where the keys and values of some steps come, and the transfers that bring them."""
+        coming, length = [], kv[0].shape[1]
+        for block, some in itertools.groupby(steps, lambda step: self._block(self._communicator.rank, step, length)):
+            if block is not None:
+                seen = tuple(some)
+                buffers = (x.new_empty(len(seen), *x[:, block.keys].shape) for x in kv)
+                coming.append(Received(seen, block.queries, *buffers))
+        places = {step: (k, v) for of in coming for step, k, v in zip(of.steps, of.k, of.v, strict=True)}
+        return coming, [x for step in steps for x in _transfers(step, self._sent(step, kv), places.get(step))]
 
-    def _gradients(self, step: int, found: Pair | None, like: Pair, transfers: list[Transfer]) -> Pair | None:
-        """Where the gradients of the keys and values that were sent for a step come. To `transfers` is added what
-        brings them, and takes away those that this rank has `found`."""
-        coming = _buffers(self._sent(step, like))
-        transfers += _transfers(-step, found, coming)
-        return coming
-
-    def _rows(self, step: int, q: Tensor) -> slice:
-        """The queries that see something at a step."""
-        block = self._block(self._communicator.rank, step, q.shape[1])
-        assert block is not None
-        return block.queries
-
-    def _received(self, step: int, kv: Pair) -> Pair | None:
-        """What this rank sees of the keys and values `step` places back, in tensors like its own."""
-        return _visible(self._block(self._communicator.rank, step, kv[0].shape[1]), kv)
+    def _gradients(
+        self, steps: Sequence[int], found: Mapping[int, Pair], like: Pair
+    ) -> tuple[dict[int, Pair], list[Transfer]]:
+        """Where the gradients of the keys and values that were sent for some steps come, by step; and the transfers
+        that bring them, and take away those that this rank has `found`."""
+        sent = {step: self._sent(step, like) for step in steps}
+        coming = {
+            step: (kv[0].new_empty(kv[0].shape), kv[1].new_empty(kv[1].shape))
+            for step, kv in sent.items()
+            if kv is not None
+        }
+        return coming, [x for step in steps for x in _transfers(-step, found.get(step), coming.get(step))]
 
     def _sent(self, step: int, kv: Pair) -> Pair | None:
         """What the rank `step` places on sees of this rank's."""
-        return _visible(self._seen(step, kv[0].shape[1]), kv)
+        seen = self._seen(step, kv[0].shape[1])
+        return None if seen is None else (kv[0][:, seen.keys], kv[1][:, seen.keys])
 
     def _seen(self, step: int, length: int) -> Block | None:
         return self._block(self._communicator.rank + step, step, length)
@@ -181,12 +209,15 @@ class RingExchange:
         return visible_block(self._layout, rank % self._layout.world, (rank - step) % self._layout.world, length)
 
 
-def _visible(block: Block | None, kv: Pair) -> Pair | None:
-    return None if block is None else (kv[0][:, block.keys], kv[1][:, block.keys])
+def _joined(x: Tensor) -> Tensor:
+    """[steps, B, m, G, D] as [B, steps x m, G, D]; no copy where B is 1."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
-def _buffers(like: Pair | None) -> Pair | None:
-    return None if like is None else (like[0].new_empty(like[0].shape), like[1].new_empty(like[1].shape))
+def _divided(x: Tensor, steps: int) -> Tensor:
+    """The reverse of `_joined`, contiguous, as it is sent."""
+    by_step: Tensor = x.unflatten(1, (steps, -1))
+    return by_step.transpose(0, 1).contiguous()
 
 
 def _transfers(places: int, send: Pair | None, receive: Pair | None) -> list[Transfer]:
