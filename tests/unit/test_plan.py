@@ -162,8 +162,8 @@ def test_buffers_of_exchanges_by_hand() -> None:
     """1M over 8 ranks, r = 8,192 rows of S on each, K and V of 8 heads of 128: kv = 2,048 elements a row."""
     ours, kv = 65_536 // 8, 2 * 1024
     expected = {
-        # Of K, V and their gradients at most W + 2.5 parts. Of dQ five that wait, and a sum in float32.
-        "ring": ours * kv * (2 * 8 + 5) + ours * 1024 * (5 * 2 + 4),
+        # Of K, V and their gradients at most 1.5 (W + 1) parts. Of dQ five that wait, and a sum in float32.
+        "ring": ours * kv * 3 * (8 + 1) + ours * 1024 * (5 * 2 + 4),
         "allgather": 8 * ours * kv * (2 + 3 * 4),
         "ulysses": ours * (2 * 1024 + kv) * 2,
     }
