@@ -215,9 +215,9 @@ def exchange_buffers(share: Share, kind: StageMode) -> int:
         return share.rows(kind) * (2 * share.q + share.kv) * ITEMSIZE
     if share.exchange == "ring_flash_attn":
         return kv * (2 * ITEMSIZE + 4 * 4)
-    # Parts of dQ that wait to be added, of two ranks each, until they begin a sum in float32.
-    parts = min((share.cp + 3) * ITEMSIZE // 2, RING_PARTS * ITEMSIZE)
-    dq = share.rows(kind) * share.q * (parts + (4 if share.cp >= RING_PARTS else 0))
+    # Parts of dQ that wait to be added, most of two ranks each, until they begin a sum in float32.
+    parts = min(share.cp, share.cp // 2 + 2, RING_PARTS)
+    dq = share.rows(kind) * share.q * (parts * ITEMSIZE + (4 if share.cp >= RING_PARTS else 0))
     return dq + kv * min(3 * (share.cp + 1) * ITEMSIZE // 2, 13 * ITEMSIZE + 4)
 
 
