@@ -218,7 +218,8 @@ def exchange_buffers(share: Share, kind: StageMode) -> int:
     # Parts of dQ that wait to be added, most of two ranks each, until they begin a sum in float32.
     parts = min(share.cp, share.cp // 2 + 2, RING_PARTS)
     dq = share.rows(kind) * share.q * (parts * ITEMSIZE + (4 if share.cp >= RING_PARTS else 0))
-    return dq + kv * min(3 * (share.cp + 1) * ITEMSIZE // 2, 13 * ITEMSIZE + 4)
+    joined = 2 * ITEMSIZE if share.sequences > 1 and share.cp > 2 else 0  # copies of the keys and values of two ranks
+    return dq + kv * (min(3 * (share.cp + 1) * ITEMSIZE // 2, (share.cp + 3) * ITEMSIZE, 13 * ITEMSIZE + 4) + joined)
 
 
 @cache

@@ -162,8 +162,8 @@ def test_buffers_of_exchanges_by_hand() -> None:
     """1M over 8 ranks, r = 8,192 rows of S on each, K and V of 8 heads of 128: kv = 2,048 elements a row."""
     ours, kv = 65_536 // 8, 2 * 1024
     expected = {
-        # Of K, V and their gradients at most 1.5 (W + 1) parts. Of dQ five that wait, and a sum in float32.
-        "ring": ours * kv * 3 * (8 + 1) + ours * 1024 * (5 * 2 + 4),
+        # Of K, V and their gradients at most W + 3 parts. Of dQ five that wait, and a sum in float32.
+        "ring": ours * kv * 2 * (8 + 3) + ours * 1024 * (5 * 2 + 4),
         "allgather": 8 * ours * kv * (2 + 3 * 4),
         "ulysses": ours * (2 * 1024 + kv) * 2,
     }
@@ -172,6 +172,8 @@ def test_buffers_of_exchanges_by_hand() -> None:
     # Over two ranks nothing waits for a sum: one block of K and V, 3.5 of gradients, and two of dQ.
     two = share("1m.yaml", "parallel.cp=2", gpus=8)
     assert exchange_buffers(two, "lighthouse") == 4 * ours * (kv * 9 + 1024 * 2 * 2)
+    both = share("1m.yaml", "parallel.cp=4", "micro_batch_size=2", "global_batch_size=16", gpus=8)
+    assert exchange_buffers(both, "lighthouse") == 2 * 2 * ours * (kv * 2 * (4 + 3 + 2) + 1024 * 2 * 4)
     assert RING_PARTS == AT_ONCE
 
 

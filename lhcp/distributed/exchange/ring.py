@@ -23,7 +23,7 @@ from lhcp.distributed.link import Transfer
 from lhcp.distributed.sharding import ChunkLayout
 
 TOGETHER = 2
-"""Steps, but for the first: only half a diagonal block is beside what it brings."""
+"""How many steps are taken at once. But for the first, which has least compute beside what it brings."""
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, or the gradients of both."""
@@ -74,7 +74,7 @@ class RingExchange:
 
     In forward rank r of W sends (W - 1 + r) / 2 times its k and v under zigzag, W - 1 - r times where contiguous; in
     backward as much again, and gradients of what it was sent, in k's dtype. At most four ranks' keys and values are
-    held besides its own, and gradients of nine blocks.
+    held besides its own (copies of two more where there are several sequences), and in backward nine ranks' gradients.
     """
 
     def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
@@ -87,10 +87,13 @@ class RingExchange:
         block = block_backend(self._backend, q)
         link = self._communicator.link()
         k, v = k.contiguous(), v.contiguous()
+        merge = Merge(q)
+
+        def step(of: Received) -> None:
+            merge.add(*block.forward(q[:, of.queries], _joined(of.k), _joined(of.v), causal=False), of.queries)
 
         coming, transfers = self._keys(self._groups[0], (k, v))
         link.post(*transfers)
-        merge = Merge(q)
         merge.add(*block.forward(q, k, v, causal=True))
         link.wait()
         for following in (*self._groups[1:], None):
@@ -98,9 +101,8 @@ class RingExchange:
             if following:
                 coming, transfers = self._keys(following, (k, v))
                 link.post(*transfers)
-            for of in here:
-                out, lse = block.forward(q[:, of.queries], _joined(of.k), _joined(of.v), causal=False)
-                merge.add(out, lse, of.queries)
+            while here:
+                step(here.pop(0))
             if following:
                 link.wait()
         return merge.result()
@@ -165,6 +167,7 @@ class RingExchange:
             if transfers:
                 link.wait()
             arrived(returning)
+            returning, sends, transfers = {}, [], []  # or they would be held beside the next
         returning, transfers = self._gradients(before, found, (k, v))
         link.post(*transfers)
         if half < groups:
