@@ -3,7 +3,7 @@
 # what does it cost and gain, how fast does the 530M model train at 1M tokens.
 #
 #     benchmarks/multi_gpu.sh OUT                 # again and again while the exit code is 75: rows are left
-#     benchmarks/multi_gpu.sh OUT --toy --ranks 2 # every row at a toy size, on CPU processes
+#     benchmarks/multi_gpu.sh OUT --toy --ranks 2 # every kind of row at a toy size, on CPU processes
 #
 # A call takes at most --minutes (10). Rows that are in OUT are not measured again; nor are rows that failed, until their
 # log in OUT/failed is removed. OUT/multi_gpu.md is the report of what there is. Text is PyTorch's source, or what `lhcp
