@@ -85,7 +85,7 @@ class RollCall:
     Attributes:
         hung: set when a rank, this or another, has found the run to hang.
         settled: set when the verdict is known, or never will be.
-        verdict: which ranks hold up the others; None: the store does not answer, or there is none.
+        verdict: which ranks hold up the others; None: no store, or no answer.
         speaks: whether this rank is the one to tell it.
     """
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 EXIT_STOPPED = 75
 """Exit code of a run that was told to stop and has saved: start it again to go on (EX_TEMPFAIL of sysexits.h)."""
@@ -31,6 +31,24 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first signal."""
+
+
+def let_llvm_take_signals() -> None:
+    """Compile nothing by Triton, in a process that will compile something, before `stop_on_signal` is entered.
+
+    When LLVM runs in a process for the first time, and only then, it installs handlers of its own, for SIGTERM and
+    SIGUSR1 among others. In place of those of `stop_on_signal` they lose SIGUSR1. Takes half a second.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def nothing() -> None:
+        pass
+
+    with suppress(Exception), triton.knobs.compilation.scope():  # where it cannot compile it takes nothing
+        triton.knobs.compilation.always_compile = True  # what it finds on the disk needs no LLVM
+        triton.compile(ASTSource(triton.jit(nothing), {}, {}), target=GPUTarget("cuda", 80, 32))
 
 
 @contextmanager

@@ -151,7 +151,9 @@ class Watchdog:
         own = alone(self._env.rank, self._sign(0))
         if self._env.world_size == 1:
             return own
-        return f"{own}; nothing is known of the others, since the job's store does not answer"
+        return (
+            f"{own}; nothing is known of the others, since the job's store does not answer, or the rank that asked it"
+        )
 
     def _tell(self, found: str, failure: str | None) -> None:
         stacks = f"the stacks of all ranks are in {self._logs}/hang-rank-*.txt"

@@ -103,7 +103,7 @@ def test_told_to_stop_and_killed(data: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_named_and_the_last_collectives_are_kept(data: Path, tmp_path: Path) -> None:
     stages = [{"mode": "lighthouse", "steps": 4000}]
-    run = Launched(data, tmp_path / "stopped", 1, 2, **BFLOAT16, stages=stages, hang_timeout_s=15)
+    run = Launched(data, tmp_path / "stopped", 1, 2, **BFLOAT16, stages=stages, hang_timeout_s=15, compile=False)
     agent = run.start()
     run.wait_for_step(5)
     os.kill(rank_process(agent, 1), signal.SIGSTOP)

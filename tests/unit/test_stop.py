@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,39 @@ def test_leaving_in_time_ends_the_countdown() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         wait(lambda: request.signal)
     time.sleep(0.3)
+
+
+# Notes a signal after a kernel was compiled, which LLVM had not run for before.
+COMPILING = """\
+import os, signal, sys, time
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lhcp.stop import let_llvm_take_signals, stop_on_signal
+
+def kernel(x):
+    triton.language.store(x, 1.0)
+
+let_llvm_take_signals()
+with stop_on_signal(60) as request:
+    triton.compile(ASTSource(triton.jit(kernel), {"x": sys.argv[2]}, {}), target=GPUTarget("cuda", 90, 32))
+    os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    deadline = time.monotonic() + 10
+    while request.signal is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(request.signal.name)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_after_triton_has_compiled(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "compiling.py").write_text(COMPILING)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    for dtype in ("*fp32", "*fp16"):  # the second time what was compiled first is on the disk, and needs no LLVM
+        command = [sys.executable, str(tmp_path / "compiling.py"), number.name, dtype]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout) == (0, f"{number.name}\n"), done.stderr
 
 
 def test_no_wait_in_c_outlasts_the_time() -> None:
