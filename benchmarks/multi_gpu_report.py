@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import layouts, scaling_report, train_step
+from benchmarks import layouts, scaling_report, train_step, train_step_report
 from benchmarks.common import NO_RESULT, Record, check_folder, document, read_names, setting, table, write_text
 from lhcp.config import ConfigError
 from lhcp.metrics import tell
@@ -60,14 +61,20 @@ def report(folder: Path) -> int:
         f"{layouts.NOTE}\n",
         "## Whole training steps\n",
         table(TRAINED, [line for result in steps.values() for line in _trained(result)]),
+        "\n".join(f"{note}  " for note in train_step_report.NOTES) + "\n",
     ]
-    environments = [result["environment"] for results in (scaling, curves, steps) for result in results.values()]
+    environments = {
+        f"{kind}/{name}": result["environment"]
+        for kind, results in (("scaling", scaling), ("layouts", curves), ("train", steps))
+        for name, result in results.items()
+    }
     notes = [
         *scaling_report.NOTES,
-        *sorted({line for found in environments for line in (setting(found), _nccl(found))}),
+        *sorted({line for found in environments.values() for line in (setting(found), _nccl(found))}),
+        *_other_code(environments),
     ]
-    if any("nccl" not in found["versions"] for found in environments):
-        notes.append("Some were CPU processes, which share cores: of those, times say nothing.")
+    if any("nccl" not in found["versions"] for found in environments.values()):
+        parts.insert(0, "Some rows are of CPU processes, which share cores: their times say nothing.\n")
     text = document("Several GPUs", "\n".join(parts), notes, problems)
     write_text(folder / REPORT, text)
     print(text, end="")
@@ -132,6 +139,13 @@ def _exposed(found: Record) -> str:
     return " / ".join(f"{rank['transfers_ms']['exposed']:,.0f}" for rank in found.get("by_rank", [])) or "-"
 
 
+def _other_code(environments: Results) -> list[str]:
+    """Which rows are of another version than most are, and so of another day, and maybe of another machine."""
+    codes = Counter(found.get("code") for found in environments.values())
+    others = [name for name, found in environments.items() if found.get("code") != codes.most_common(1)[0][0]]
+    return [f"Of another version of the code than the rest: {', '.join(others)}."] if others else []
+
+
 def _nccl(environment: Record) -> str:
     settings = " ".join(f"{key}={value}" for key, value in environment.get("nccl_settings", {}).items())
     return f"In the environment: {settings}." if settings else "No NCCL settings in the environment."
@@ -164,17 +178,21 @@ def summary(scaling: Results, curves: Results, steps: Results) -> Iterator[str]:
             f"backward: {over:.1f}% above a share of one device's time, of which transfers "
             f"and the host add {100 * exposed / share:.1f} points to what it computes alone."
         )
-    speed = {
-        (result["config"]["parallel"]["dp"], result["config"]["parallel"]["cp"]): result["modes"]["lighthouse"][
-            "tokens_per_s_per_gpu"
-        ]
+    whole = {
+        (result["config"]["parallel"]["dp"], result["config"]["parallel"]["cp"]): result["modes"]["lighthouse"]
         for result in steps.values()
     }
-    for dp, cp in sorted(speed):
+    for dp, cp in sorted(whole):
         if cp > 1:
-            mine, apart = speed[dp, cp], speed.get((dp * cp, 1))
-            against = f", {100 * (apart / mine - 1):.1f}% more time a token than with one each" if apart else ""
-            yield f"Whole Lighthouse steps on {dp * cp} GPUs, {cp} a sequence: {mine:,.0f} tokens/s/GPU{against}."
+            mine, apart = whole[dp, cp], whole.get((dp * cp, 1))
+            speed, against = mine["tokens_per_s_per_gpu"], ""
+            if apart:
+                against = (
+                    f", {100 * (apart['tokens_per_s_per_gpu'] / speed - 1):.1f}% more time a token than with one each"
+                )
+                if apart["memory"] != mine["memory"]:
+                    against += ", which recompute otherwise"
+            yield f"Whole Lighthouse steps on {dp * cp} GPUs, {cp} a sequence: {speed:,.0f} tokens/s/GPU{against}."
 
 
 def _measured(scaling: Results) -> list[Record]:

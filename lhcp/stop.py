@@ -10,6 +10,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,29 +34,15 @@ class StopRequest:
         """The first signal."""
 
 
-def let_llvm_take_signals() -> None:
-    """Compile nothing by Triton, in a process that will compile something, before `stop_on_signal` is entered.
-
-    When LLVM runs in a process for the first time, and only then, it installs handlers of its own, for SIGTERM and
-    SIGUSR1 among others. In place of those of `stop_on_signal` they lose SIGUSR1. Takes half a second.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    def nothing() -> None:
-        pass
-
-    with suppress(Exception), triton.knobs.compilation.scope():  # where it cannot compile it takes nothing
-        triton.knobs.compilation.always_compile = True  # what it finds on the disk needs no LLVM
-        triton.compile(ASTSource(triton.jit(nothing), {}, {}), target=GPUTarget("cuda", 80, 32))
-
-
 @contextmanager
-def stop_on_signal(timeout_s: float) -> Iterator[StopRequest]:
+def stop_on_signal(timeout_s: float, compiles: bool = False) -> Iterator[StopRequest]:
     """Note `SIGNALS` while the body runs, and exit with `EXIT_FORCED` when it goes on `timeout_s` seconds after one.
 
     Must be entered in the main thread. The stacks of all threads are written to stderr before that exit.
+
+    Args:
+        timeout_s: for the body to end.
+        compiles: whether Triton may compile in the body, which would lose SIGUSR1. Takes half a second.
     """
     request = StopRequest()
     receiving, sending = os.pipe()
@@ -79,11 +66,17 @@ def stop_on_signal(timeout_s: float) -> Iterator[StopRequest]:
             faulthandler.dump_traceback()
             os._exit(EXIT_FORCED)
 
-    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
     previous_fd = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, name="stop", daemon=True)
+    # Until handlers are in their place signals wait, for all threads that start from here.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     watcher.start()
     try:
+        try:
+            _install(compiles)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield request
     finally:
         left.set()
@@ -93,3 +86,32 @@ def stop_on_signal(timeout_s: float) -> Iterator[StopRequest]:
         os.close(sending)
         watcher.join()
         os.close(receiving)
+
+
+def _install(compiles: bool) -> None:
+    """The handlers of `SIGNALS`, for good.
+
+    LLVM installs its own, of these and more, when it runs in a process for the first time; its SIGUSR1 does nothing.
+    When it gets one of the others it puts back what was there when it came, so Python's must be there by then.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    if compiles:
+        with suppress(Exception):  # where Triton cannot compile there is no LLVM
+            _compile_nothing()
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+
+def _compile_nothing() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def nothing() -> None:
+        pass
+
+    # Not in a cache that may have it already, which needs no LLVM.
+    with tempfile.TemporaryDirectory(prefix="lhcp-") as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        triton.compile(ASTSource(triton.jit(nothing), {}, {}), target=GPUTarget("cuda", 80, 32))

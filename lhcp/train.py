@@ -37,7 +37,7 @@ from lhcp.metrics import MetricsLogger, tell, warn
 from lhcp.parallelize import Mesh
 from lhcp.plot import plot_loss
 from lhcp.run import SaveError, run
-from lhcp.stop import EXIT_REFUSED, EXIT_STOPPED, let_llvm_take_signals, stop_on_signal
+from lhcp.stop import EXIT_REFUSED, EXIT_STOPPED, stop_on_signal
 from lhcp.trainer import Trainer
 from lhcp.watchdog import collective_timeout, watch
 
@@ -111,10 +111,8 @@ def train(
         SaveError, FloatingPointError: see `lhcp.run.run`.
     """
     run_dir, timeout = config.output_dir, collective_timeout(config.hang_timeout_s)
-    if device.type == "cuda":
-        let_llvm_take_signals()
     with ExitStack() as stack:
-        request = stack.enter_context(stop_on_signal(config.checkpoint.stop_timeout_s))
+        request = stack.enter_context(stop_on_signal(config.checkpoint.stop_timeout_s, compiles=device.type == "cuda"))
         watchdog = stack.enter_context(watch(run_dir, env, config.hang_timeout_s))
         watchdog.beat("at the start, waiting for all ranks")
         stack.enter_context(process_group(env, device, timeout))

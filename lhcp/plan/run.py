@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from lhcp import volume
 from lhcp.config import ConfigError, ExchangeName, MemoryConfig, RunConfig, StageConfig, StageMode
@@ -15,7 +16,7 @@ from lhcp.plan.share import Share, layers_of, share_of
 from lhcp.plan.suggest import Suggestion, fits, suggest
 from lhcp.plan.time import Seconds, step_time, tensors
 
-EXCHANGES: tuple[ExchangeName, ...] = ("ring", "allgather", "ulysses", "ring_flash_attn")
+EXCHANGES: tuple[ExchangeName, ...] = get_args(ExchangeName)
 
 
 @dataclass(frozen=True)

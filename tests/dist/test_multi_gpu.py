@@ -108,6 +108,9 @@ def test_two_processes(two: Path) -> None:
     text = (two / "multi_gpu.md").read_text()
     assert "Missing" not in text
     assert "- One layer in bfloat16 over 2 ranks: errors at most 1." in text
+    assert text.startswith(
+        "# Several GPUs\n\nSome rows are of CPU processes, which share cores: their times say nothing.\n"
+    )
     for header in ("compute ms, alone", "times as fast", "loss, first", "tokens/s/GPU", "NVLink 4, exposed %"):
         assert header in text
 

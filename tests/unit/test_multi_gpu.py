@@ -73,6 +73,12 @@ def test_rows_that_are_left_are_named(folder: Path) -> None:
     assert "In the environment: NCCL_NVLS_ENABLE=0." in text
     assert [line.split("|")[-2].strip() for line in text.splitlines() if "| selective |" in line] == ["80 / 20"] * 2
     assert "times say nothing" not in text
+    assert "another version" not in text
+    other = train_result(2, 1, 134_000.0)
+    other["modes"]["lighthouse"]["memory"]["offload_layers"] = 28
+    write_json(folder / "train/1m-dp2.json", other | {"environment": ENVIRONMENT | {"code": "abc"}})
+    assert "3.1% more time a token than with one each, which recompute otherwise.\n" in report(folder)[1]
+    assert "Of another version of the code than the rest: train/1m-dp2." in report(folder)[1]
     write_json(folder / "train/1m-dp2.json", train_result(1, 1, 134_000.0))  # of one GPU, whatever its clock
     assert f"{speed}.\n" in report(folder)[1]
 

@@ -50,37 +50,58 @@ def test_leaving_in_time_ends_the_countdown() -> None:
     time.sleep(0.3)
 
 
-# Notes a signal after a kernel was compiled, which LLVM had not run for before.
+# Compiles a kernel, for which LLVM runs; is told by these signals, or by the last one while it enters.
 COMPILING = """\
 import os, signal, sys, time
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lhcp.stop import let_llvm_take_signals, stop_on_signal
+from lhcp.stop import stop_on_signal
 
 def kernel(x):
     triton.language.store(x, 1.0)
 
-let_llvm_take_signals()
-with stop_on_signal(60) as request:
-    triton.compile(ASTSource(triton.jit(kernel), {"x": sys.argv[2]}, {}), target=GPUTarget("cuda", 90, 32))
-    os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+def compile_and_tell(*args, **options):
+    compile(*args, **options)
+    os.kill(os.getpid(), numbers.pop())
+
+cache, when, *names = sys.argv[1:]
+numbers = [signal.Signals[name] for name in names]
+compile = triton.compile
+if when == "early":
+    triton.compile = compile_and_tell
+with stop_on_signal(60, compiles=True) as request:
+    os.environ["TRITON_CACHE_DIR"] = cache
+    compile(ASTSource(triton.jit(kernel), {"x": "*fp32"}, {}), target=GPUTarget("cuda", 90, 32))
+    for number in numbers:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass
     deadline = time.monotonic() + 10
     while request.signal is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    print(request.signal.name)
+    print(request.signal and request.signal.name)
 """
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_after_triton_has_compiled(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("when", [["early"], ["later"], ["later", "SIGINT"]], ids=" ".join)
+def test_triton_loses_no_signal(tmp_path: Path, when: list[str], number: signal.Signals) -> None:
+    """Nor one that comes while LLVM takes it, nor after one that LLVM acts upon; nor for want of a cache."""
     (tmp_path / "compiling.py").write_text(COMPILING)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    (tmp_path / "no-folder").touch()
+    environment = {
+        **os.environ,
+        "HOME": "/proc/none",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_CACHE_DIR": str(tmp_path / "no-folder"),
+    }
     environment.pop("TRITON_INTERPRET", None)
-    for dtype in ("*fp32", "*fp16"):  # the second time what was compiled first is on the disk, and needs no LLVM
-        command = [sys.executable, str(tmp_path / "compiling.py"), number.name, dtype]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stdout) == (0, f"{number.name}\n"), done.stderr
+    command = [sys.executable, str(tmp_path / "compiling.py"), str(tmp_path / "cache"), *when, number.name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{number.name}\n"), done.stderr
 
 
 def test_no_wait_in_c_outlasts_the_time() -> None:

@@ -52,9 +52,10 @@ class AllGatherExchange:
         all_k, all_v = self._gathered(k, v)
         grad = grad.contiguous()
         dtype = torch.promote_types(q.dtype, torch.float32)
-        dqs = []
         dkv = torch.zeros(2, *all_k.shape, dtype=dtype, device=q.device)
-        for rows, start in self._chunks(q.shape[1]):
+
+        def step_back(rows: slice, start: int) -> Tensor:
+            """dQ of one chunk."""
             queries = (grad[:, rows], q[:, rows])
             ends = (out[:, rows], lse[..., rows].contiguous())
             dq_, dk_, dv_ = block.backward(*queries, k[:, rows], v[:, rows], *ends, causal=True)
@@ -67,7 +68,9 @@ class AllGatherExchange:
                 dq += dq_
                 dkv[0, :, :start] += dk_
                 dkv[1, :, :start] += dv_
-            dqs.append(dq.to(q.dtype))
+            return dq.to(q.dtype)
+
+        dqs = [step_back(rows, start) for rows, start in self._chunks(q.shape[1])]
         dk, dv = self._communicator.reduce_scatter(parted(dkv, 2, self._layout)).unbind()
         # Tensors of their own: outputs of a torch op must not share memory.
         return torch.cat(dqs, 1), dk.to(k.dtype), dv.to(v.dtype, copy=True)

@@ -1,4 +1,4 @@
-"""Ring attention: keys and values go round the ranks, overlapped with compute (Liu et al., arXiv:2310.01889).
+"""Ring attention: every rank's keys and values come to the others beside compute (Liu et al., arXiv:2310.01889).
 
 At step i a rank has the keys and values of rank r - i. They come straight from it, not from rank to rank, so only what
 is visible travels, and their gradient goes straight back to it, which sums in the accumulation dtype what comes. Step 0
@@ -74,7 +74,8 @@ class RingExchange:
 
     In forward rank r of W sends (W - 1 + r) / 2 times its k and v under zigzag, W - 1 - r times where contiguous; in
     backward as much again, and gradients of what it was sent, in k's dtype. At most four ranks' keys and values are
-    held besides its own (copies of two more where there are several sequences), and in backward nine ranks' gradients.
+    held besides its own, and in backward nine ranks' gradients; where there are several sequences copies, too, of two
+    ranks' keys and values as they are attended to, and of its own as they are sent.
     """
 
     def __init__(self, communicator: Communicator, layout: ChunkLayout, backend: BlockBackendName) -> None:
